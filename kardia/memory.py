@@ -1,0 +1,151 @@
+"""What this machine has, and what a run will take of it: the memory plan, from config.json alone.
+
+The plan names each term, because a hobbyist who knows what fills the card knows which flag to turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+GB = 1e9
+
+
+def system_memory_gb() -> float:
+    """Physical memory in GB (10^9 bytes); 0 if it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    except (AttributeError, ValueError, OSError):
+        try:
+            import psutil
+
+            return psutil.virtual_memory().total / GB
+        except ImportError:
+            return 0.0
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def has_fast_bf16() -> bool:
+    """Does the CPU multiply bfloat16 itself (AVX512-BF16 or AMX)? Without it bf16 is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def gpu_line() -> str:
+    """The GPU torch can use, in words, or "no GPU"."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / GB:.0f} GB"
+
+
+def peak_memory_gb() -> float:
+    """Highest resident memory of this process so far, GB."""
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / GB if sys.platform == "darwin" else peak * 1024 / GB
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / GB
+
+
+class PeakSampler:
+    """Peak memory of this process and all its children together, sampled twice a second (proportional set size where the system tells it)."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "PeakSampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._stop.wait(0.5):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss if sys.platform == "linux" else process.memory_info().rss
+                except (psutil.Error, AttributeError):
+                    continue
+            self.peak = max(self.peak, total / GB)
+
+
+def shape(config: dict) -> dict[str, int]:
+    """The sizes the plan needs, from a Hugging Face config.json. Missing keys raise ValueError naming the key."""
+    text = config.get("text_config", config)
+    try:
+        hidden, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
+        inner, vocabulary = text["intermediate_size"], text["vocab_size"]
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error.args[0]}") from error
+    kv_heads = text.get("num_key_value_heads") or heads
+    head = text.get("head_dim") or hidden // heads
+    linear = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * inner  # per layer: q, o, k, v, gate, up, down
+    lora_inputs = (hidden + heads * head) * 2 + (hidden + kv_heads * head) * 2 + 3 * (hidden + inner)  # sum of (in + out) over the seven projections
+    embedding = vocabulary * hidden * (1 if text.get("tie_word_embeddings") else 2)
+    return {"hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads, "head": head, "inner": inner, "vocabulary": vocabulary, "linear": linear * layers, "embedding": embedding, "lora": lora_inputs * layers}
+
+
+def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, completion: int, judge_bytes: int, checkpointing: bool, cuda: bool) -> dict[str, float]:
+    """GB per term of one GRPO step: a row of `tokens` (prompt + group x completion, shared prefix), LoRA of `rank`.
+
+    Terms: base weights, LoRA (fp32 weights, gradients, two Adam moments), activations kept for the backward pass,
+    logits of one chunk, KV cache of the rollouts, the judge, and what the libraries take before any tensor.
+    """
+    s = shape(config)
+    weight_bytes = s["linear"] * (0.5 + 1 / 64 * 1.03 if bits == 4 else 2) + s["embedding"] * 2  # NF4: one 8-bit scale per 64 weights
+    per_token_layer = 2 * (8 * s["hidden"] + 5 * s["inner"]) + 4 * (4 * s["hidden"] + s["inner"])  # bf16 inputs of each product, fp32 copies LoRA keeps
+    kept = tokens * s["layers"] * (2 * s["hidden"] if checkpointing else per_token_layer) + (tokens * per_token_layer if checkpointing else 0)
+    rollout_base = 0 if bits == 16 and not cuda else 2 * (s["linear"] + s["embedding"])
+    return {
+        "base weights": weight_bytes / GB,
+        "LoRA, gradients, Adam": s["lora"] * rank * 16 / GB,
+        "activations": kept / GB,
+        "logits": 3 * 4 * min(512, tokens) * s["vocabulary"] / GB,
+        "rollouts (base as GGUF)": (rollout_base or 2 * (s["linear"] + s["embedding"])) / GB,
+        "rollouts (KV cache)": 2 * 2 * s["layers"] * s["kv_heads"] * s["head"] * (tokens + group * completion) / GB,
+        "judge": judge_bytes * 1.2 / GB,
+        "libraries": 1.0 if cuda else 0.7,
+    }
+
+
+def read_config(path: Path) -> dict:
+    """config.json of a directory, or the file itself; ValueError in one line if it is neither."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a readable config.json ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return config

