@@ -274,7 +274,7 @@ def check_row(row: Any, labels: dict[str, str], where: str) -> tuple[Dialogue | 
         if role == "assistant":
             try:
                 spans = parse_answer(message["content"])
-                if spans["emotion"] != emotion:
+                if emotion in set(labels.values()) and spans["emotion"] != emotion:
                     wrong(f"messages[{i}] emotion span {spans['emotion']!r}", f"the row's emotion {emotion!r}")
             except SpanError as error:
                 wrong(f"messages[{i}]: {error}", "understanding, reasoning, emotion, response, each once, in this order")
@@ -354,12 +354,13 @@ class SFTOptions(CommonOptions):
     model: str = knob(EMBEDDED, "Base model: hub id, local directory or .gguf file.")
     gguf_template: Path | None = knob(None, "The base's GGUF when --model is not one: brings llama.cpp rollouts and GGUF export.")
     data: Path = knob(DATA / "dialogues.jsonl", "Training dialogues (JSONL).")
+    limit: int = knob(0, "Use only the first N dialogues (0: all).", min=0)
     bits: int = knob(0, "4 (NF4 QLoRA), 16, or 0 = 4 on a GPU and 16 on a CPU.", choices=(0, 4, 16))
     epochs: float = knob(2.0, "Passes over the data.", min=0.01)
     max_steps: int = knob(0, "Stop after this many optimizer steps (0: by epochs).", min=0)
     learning_rate: float = knob(1e-3, "Peak learning rate (the paper's 1e-4 suits 7B; a 135M LoRA wants more).", min=0.0)
     batch_size: int = knob(8, "Dialogues per optimizer step.", min=1)
-    micro_batch: int = knob(2, "Dialogues per forward pass; memory, not mathematics.", min=1)
+    micro_batch: int = knob(1, "Dialogues per forward pass; memory, not mathematics.", min=1)
     max_length: int = knob(1024, "Tokens per dialogue; longer ones lose their last turns.", min=64)
     lora_rank: int = knob(16, "LoRA rank, on all linear layers.", min=1)
     lora_alpha: int = knob(32, "LoRA alpha; the update is scaled by alpha / rank.", min=1)
@@ -376,6 +377,7 @@ class GRPOOptions(CommonOptions):
     force_judge: bool = knob(False, "Train against criteria the judge failed all the same.")
     group_size: int = knob(8, "Answers per prompt (G).", min=2, max=256)
     prompts_per_step: int = knob(1, "Prompts per optimizer step.", min=1)
+    micro_batch: int = knob(0, "Answers per forward pass (0: the whole group); memory, not mathematics.", min=0)
     steps: int = knob(100, "Optimizer steps.", min=1)
     learning_rate: float = knob(5e-5, "Learning rate (the paper's 1e-6 trains all weights of 7B; LoRA wants more).", min=0.0)
     max_tokens: int = knob(256, "Longest answer, tokens.", min=8)
@@ -596,6 +598,7 @@ def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
         directory = cache_directory() / digest
         if not directory.exists():
             say(f"importing {path.name} into {directory} (once)")
+            quiet()
             export.import_gguf(path, directory)
         return Base(path.stem, directory, path, digest)
     if not path.is_dir():
@@ -643,6 +646,7 @@ def start(options: CommonOptions, *local: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if options.offline or all(name == EMBEDDED or Path(name).exists() for name in local):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    memory.keep_freed_pages()
     import logging
     import warnings
 
@@ -678,6 +682,7 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
     """
     import torch
 
+    quiet()
     torch.manual_seed(seed)
     if engine == "unsloth":
         return load_policy_unsloth(base, bits, adapter, rank, alpha, seed, max_length)
@@ -784,6 +789,7 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     """LoRA on dialogues, loss only on the assistant's tokens (TRL's SFTTrainer). Writes out/adapter."""
     rubric = load_rubric(options.rubric)
     rows = load_rows([options.data], rubric, "dialogue")
+    rows = rows[: options.limit] if options.limit else rows
     base = resolve_base(options.model, options.gguf_template)
     engine = choose_engine(options.engine)
     bits = options.bits or (4 if memory.gpu_line() != "no GPU" else 16)
@@ -856,6 +862,8 @@ def recorder(run: Run, headline: str):
                 return
             now = time.time()
             record = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, "seconds": round(now - self.last, 3)}
+            if "time/rollout" in record:
+                record["time/update"] = round(record["seconds"] - record["time/rollout"] - record["time/judge"], 3)
             self.last = now
             run.append("log.jsonl", [record])
             left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
@@ -875,11 +883,20 @@ SHOWN = {
 }  # fmt: skip
 
 
+def quiet() -> None:
+    """transformers' own progress bars would cut through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     """Train (or go on), save the adapter under its final name, close the books."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    trainer.create_model_card = lambda *_, **__: None  # a run directory holds what we put there
     callback = recorder(run, headline)
     trainer.add_callback(callback)
     if checkpoint:
@@ -901,6 +918,8 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     shutil.rmtree(run.path / "adapter", ignore_errors=True)
     os.replace(target, run.path / "adapter")
     (run.path / "adapter" / "README.md").unlink(missing_ok=True)
+    for checkpoint in run.path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     run.update(status="done", seconds=round(seconds, 1), ended=time.strftime("%Y-%m-%dT%H:%M:%S"), peak_memory_gb=round(memory.peak_memory_gb(), 2))
 
 
@@ -1028,7 +1047,7 @@ def pack_group(prompt, completions, dtype):
 def can_share_prefix(config) -> bool:
     """Plain causal attention in every layer: the block mask is then exact. Sliding windows and soft caps take TRL's own path."""
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"])
     return kinds == {"full_attention"} and not getattr(text, "final_logit_softcapping", None) and not getattr(text, "logit_scale", None)
 
 
@@ -1044,7 +1063,7 @@ def make_grpo_trainer_class():
         record = None  # called with the step's rollouts once their advantages are known
 
         def _prepare_inputs(self, generation_batch):
-            """TRL's buffer without its shuffle, so that each micro-batch is one whole group. The gradient is the same: one
+            """TRL's buffer without its shuffle, so that a micro-batch holds answers to one prompt. The gradient is the same: one
             token denominator (loss_type dapo) spans all micro-batches of a step."""
             if not self.model.training:
                 return super()._prepare_inputs(generation_batch)
@@ -1217,11 +1236,14 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     renderer = Renderer(tokenizer)
     model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
     G, P = options.group_size, options.prompts_per_step
-    say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step, {options.steps} steps, {len(dialogues)} prompts; "
+    micro = options.micro_batch or G
+    if G % micro:
+        raise UserError(f"--micro-batch {micro} does not divide --group-size {G}; try {max(d for d in range(1, micro + 1) if G % d == 0)}")
+    say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
     rows = [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat_messages(d, len(d.messages), renderer.system_role)], "index": i} for i, d in enumerate(dialogues)]
     config = GRPOConfig(
-        output_dir=str(run.path), per_device_train_batch_size=G, gradient_accumulation_steps=P, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
+        output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=P * G // micro, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
         top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
         lr_scheduler_type="constant_with_warmup", warmup_steps=2, max_steps=options.steps, save_steps=options.save_steps, reward_weights=list(rubric.rewards.values()), use_vllm=rollout == "vllm",
         **({"vllm_mode": "colocate"} if rollout == "vllm" else {}), chat_template_kwargs={"enable_thinking": False}, **shared_arguments(options, bits),
@@ -1334,7 +1356,7 @@ class Answerer:
         if self.gguf is not None:
             self.worker.load("policy", self.gguf, -1 if memory.gpu_line() != "no GPU" else 0)
             self.worker.set_lora("policy", self.lora)
-            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=8)
+            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16)
             return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
         import torch
 

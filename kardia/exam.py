@@ -89,7 +89,7 @@ def run_exam(judge: Judge, pairs: list[dict], judge_hash: str, rubric_hash: str,
     for done, row in enumerate(pairs, 1):
         history = tuple((m["role"], m["content"]) for m in row["messages"])
         items = [Item(row.get("person", ""), row.get("situation", ""), history, row[key]) for key in ("better", "worse")]
-        numbers.append(judge.raw(items))
+        numbers.append(judge.raw(items, only=row["criterion"]))
         progress(done, len(pairs))
     seconds = time.time() - started
     criteria = {}
@@ -102,7 +102,7 @@ def run_exam(judge: Judge, pairs: list[dict], judge_hash: str, rubric_hash: str,
     longer = sum(c["length_baseline"] * c["n"] for c in criteria.values())
     return {
         "judge": Path(judge.path).name, "judge_hash": judge_hash, "rubric_hash": rubric_hash, "exam_hash": exam_hash, "pairs": len(pairs), "seconds": round(seconds, 2),
-        "scores_per_second": round(2 * len(pairs) * len(judge.rubric.criteria) / seconds, 2), "criteria": criteria,
+        "scores_per_second": round(2 * len(pairs) / seconds, 2), "criteria": criteria,
         "overall": {"accuracy": correct / n if n else 0.0, "low": low, "high": high, "length_baseline": longer / n if n else 0.0},
     }  # fmt: skip
 

@@ -70,20 +70,21 @@ class Judge:
     def _start(self) -> list[int]:
         return [self.info["bos"]] if self.info["add_bos"] else []
 
-    def raw(self, items: list[Item]) -> list[dict[str, float | None]]:
-        """Raw numbers per item and criterion; None where the judge cannot tell (context too long)."""
-        results: list[dict[str, float | None]] = [dict.fromkeys((c.name for c in self.rubric.criteria)) for _ in items]
+    def raw(self, items: list[Item], only: str | None = None) -> list[dict[str, float | None]]:
+        """Raw numbers per item and criterion (or of the one criterion `only`); None where the judge cannot tell (context too long)."""
+        criteria = [c for c in self.rubric.criteria if only in (None, c.name)]
+        results: list[dict[str, float | None]] = [dict.fromkeys(c.name for c in criteria) for _ in items]
         groups: dict[str, list[int]] = {}
         for i, item in enumerate(items):
             if guard(item):
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
             else:
                 groups.setdefault(item.context, []).append(i)
-        plain = [c for c in self.rubric.criteria if c.method in ("contrast", "pmi")]
+        plain = [c for c in criteria if c.method in ("contrast", "pmi")]
+        likert = [c for c in criteria if c.method == "likert"]
         for context, members in groups.items():  # one prefix, all its replies
             if plain:
                 self._raw_plain(context, members, items, plain, results)
-            likert = [c for c in self.rubric.criteria if c.method == "likert"]
             if likert:
                 self._raw_likert(items[members[0]], members, items, likert, results)
         self.judged += len(items)

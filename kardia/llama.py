@@ -68,6 +68,7 @@ class _Model:
     ctx: Any = None
     n_ctx: int = 0
     n_seq: int = 0
+    unified: bool = True
     lora: Any = None
 
 
@@ -144,18 +145,23 @@ class _Engine:
             if not entry.lora:  # llama.cpp raises nothing: an unchecked failure would train on the bare base
                 raise LlamaError(f"{path}: llama.cpp cannot apply this LoRA to {entry.path} ({self._why()})")
 
-    def _context(self, entry: _Model, n_ctx: int, n_seq: int) -> Any:
-        """A context of at least `n_ctx` cells shared by `n_seq` sequences, empty. Kept when it is large enough."""
+    def _context(self, entry: _Model, n_ctx: int, n_seq: int, unified: bool = True) -> Any:
+        """An empty context of at least `n_ctx` cells for `n_seq` sequences; kept when it is large enough.
+
+        unified: one cell may belong to many sequences (that is the prefix sharing), but every token looks over all
+        cells. Sequences that share nothing get a stream each: attention then costs their own length only.
+        """
         if n_seq > MAX_SEQUENCES:
             raise LlamaError(f"{n_seq} sequences at once; llama.cpp takes {MAX_SEQUENCES}: lower --group-size")
-        if entry.ctx and (entry.n_ctx < n_ctx or entry.n_seq < n_seq):
+        if entry.ctx and (entry.n_ctx < n_ctx or entry.n_seq < n_seq or entry.unified != unified or (not unified and entry.n_seq != n_seq)):
             self.lib.llama_free(entry.ctx)
-            entry.ctx = None
+            entry.ctx, entry.n_ctx, entry.n_seq = None, 0, 0
         if not entry.ctx:
             entry.n_ctx, entry.n_seq = max(entry.n_ctx, -(-n_ctx // 256) * 256), max(entry.n_seq, n_seq)
             params = self.lib.llama_context_default_params()
-            params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = entry.n_ctx, entry.n_ctx, min(512, entry.n_ctx), entry.n_seq
-            params.kv_unified = True  # one cell may belong to many sequences: that is the prefix sharing
+            params.n_ctx, params.n_seq_max = entry.n_ctx, entry.n_seq
+            params.n_batch, params.n_ubatch = entry.n_ctx, min(512, entry.n_ctx)
+            params.kv_unified = entry.unified = unified
             params.n_threads = params.n_threads_batch = entry.threads
             if not entry.gpu_layers:  # on a CPU plain attention decodes a group 1.4x faster than the fused kernel
                 params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -229,7 +235,10 @@ class _Engine:
         import numpy as np
 
         n_seq = len(prompts) * group
-        self._context(entry, sum(len(p) + group * max_tokens for p in prompts), n_seq)
+        if group > 1:
+            self._context(entry, sum(len(p) + group * max_tokens for p in prompts), n_seq)
+        else:
+            self._context(entry, n_seq * -(-(max(map(len, prompts)) + max_tokens) // 256) * 256, n_seq, unified=False)
         memory = self.lib.llama_get_memory(entry.ctx)
         logits = np.empty((n_seq, entry.n_vocab), np.float32)  # [sequences, vocabulary]
         for i, prompt in enumerate(prompts):

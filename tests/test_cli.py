@@ -1,0 +1,227 @@
+"""Every expected mistake is one clear line and exit 1 or 2, never a traceback, and leaves nothing behind."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import kardia_lite as k
+
+
+def run(*arguments):
+    return CliRunner().invoke(k.cli, [str(a) for a in arguments])
+
+
+def one_line(result, *parts, code=1, lines=1):
+    assert result.exit_code == code, (result.output, result.exception)
+    assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit)
+    message = result.stderr.strip()
+    assert "Traceback" not in message
+    if lines:
+        assert len([line for line in message.splitlines() if line.startswith("Error")]) == 1
+    for part in parts:
+        assert str(part) in message, message
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """data(lines) -> a JSONL file; the good row first."""
+    good = (k.DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[0]
+
+    def make(change=None, text=None):
+        value = json.loads(good)
+        if change:
+            change(value)
+        path = tmp_path / "rows.jsonl"
+        path.write_text(good + "\n" + (text if text is not None else json.dumps(value)) + "\n", encoding="utf-8")
+        return path
+
+    return make
+
+
+def answer(value):
+    return value["messages"][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "parts"),
+    [
+        (None, '{"person": ', ["rows.jsonl:2", "one JSON object per line"]),
+        (lambda v: v["messages"].reverse(), None, ["rows.jsonl:2", "roles alternate and the user begins"]),
+        (lambda v: v.update(emotion="gloomy"), None, ["rows.jsonl:2", "'gloomy'", "labels in rubrics.yaml"]),
+        (lambda v: answer(v).update(content=answer(v)["content"].replace("<|reasoning_begin|>", "")), None, ["rows.jsonl:2", "<|reasoning_begin|> is missing"]),
+        (lambda v: answer(v).update(content="".join(reversed(k.re.findall(r"<\|\w+_begin\|>.*?<\|\w+_end\|>", answer(v)["content"])))), None, ["rows.jsonl:2", "out of order"]),
+    ],
+    ids=["malformed JSON", "wrong role order", "unknown emotion", "missing span", "reordered spans"],
+)
+@pytest.mark.parametrize("command", ["data check", "sft"])
+def test_bad_rows(rows, tmp_path, change, text, parts, command):
+    path = rows(change, text)
+    arguments = ["data", "check", path] if command == "data check" else ["sft", "--data", path, "--out", tmp_path / "run"]
+    one_line(run(*arguments), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files(tmp_path):
+    nothing = tmp_path / "nothing.jsonl"
+    one_line(run("data", "check", nothing), nothing, "no such file")
+    one_line(run("sft", "--data", nothing, "--out", tmp_path / "r"), nothing, "no such file")
+    one_line(run("sft", "--rubric", nothing, "--out", tmp_path / "r"), nothing)
+    one_line(run("sft", "--model", tmp_path / "model.gguf", "--out", tmp_path / "r"), "no such GGUF file")
+    one_line(run("judge", "score", nothing, "--out", tmp_path / "o.jsonl"), nothing, "no such file")
+    one_line(run("grpo", "--from", tmp_path, "--out", tmp_path / "g"), "not a run directory")
+    one_line(run("export", tmp_path, "--to", tmp_path / "e"), "not a run directory")
+    one_line(run("explain", tmp_path), str(tmp_path))
+    one_line(run("doctor", "--model", nothing), nothing)
+
+
+def test_options_are_checked_at_the_edge(tmp_path):
+    for arguments in (["--epochs", "-1"], ["--bits", "5"], ["--batch-size", "0"], ["--engine", "jax"], ["--nonsense"]):
+        result = run("sft", "--out", tmp_path / "r", *arguments)
+        assert result.exit_code == 2 and arguments[0] in result.stderr and "Traceback" not in result.stderr
+    assert run("export", tmp_path, "--to", tmp_path / "e", "--formats", "q9").exit_code == 2
+    assert run("sft").exit_code == 2
+
+
+def test_no_engine_without_its_machine(tmp_path):
+    one_line(run("sft", "--engine", "unsloth", "--limit", 1, "--out", tmp_path / "r"), "--engine unsloth needs an NVIDIA GPU")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_hub_id_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    one_line(run("sft", "--model", "nobody/nothing", "--out", tmp_path / "r"), "nobody/nothing", "give a local directory or .gguf")
+    one_line(run("sft", "--model", "not a model", "--out", tmp_path / "r"), "no such file or directory")
+
+
+def test_a_run_directory_that_exists(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    one_line(run("sft", "--limit", 1, "--out", out), out, "exists already")
+    one_line(run("demo", "--out", out), out, "exists already")
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"PK\x03\x04 not a model", "not a GGUF file"), (b"", "not a GGUF file"), (b"GGUF", "truncated"), (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "truncated")],
+)
+def test_a_judge_that_is_no_gguf(tmp_path, content, message):
+    path = tmp_path / "judge.gguf"
+    path.write_bytes(content)
+    one_line(run("judge", "exam", "--judge", path), path, message)
+
+
+def test_a_truncated_gguf(tmp_path):
+    path = tmp_path / "short.gguf"
+    source = k.embedded_gguf()
+    with open(source, "rb") as file:
+        path.write_bytes(file.read(source.stat().st_size // 2))
+    one_line(run("judge", "exam", "--judge", path), path, "truncated GGUF")
+    one_line(run("sft", "--model", path, "--limit", 1, "--out", tmp_path / "r"), path, "truncated GGUF")
+    assert not (tmp_path / "r").exists()
+
+
+def finished_run(path, base, adapter=None):
+    """A run directory as `sft` leaves it, with an adapter of our making."""
+    path.mkdir()
+    facts = {"command": "sft", "options": {}, "status": "done", "bits": 16, **k.describe(base)}
+    k.write_json(path / "run.json", facts)
+    if adapter is not None:
+        adapter.save_pretrained(path / "adapter")
+    return path
+
+
+def test_an_adapter_of_another_base(tmp_path, tiny, embedded):
+    from peft import LoraConfig, get_peft_model
+
+    other = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    path = finished_run(tmp_path / "run", embedded, other)
+    result = run("export", path, "--to", tmp_path / "out")
+    one_line(result, "another base", lines=0)
+    assert not (tmp_path / "out").exists()
+    one_line(run("chat", path, "--say", "hi"), "llama.cpp cannot apply this LoRA", lines=0)
+
+
+def test_adapters_that_are_refused(tmp_path, tiny, embedded):
+    path = finished_run(tmp_path / "run", embedded)
+    one_line(run("export", path, "--to", tmp_path / "out"), "no adapter/")
+    (path / "adapter").mkdir()
+    (path / "adapter" / "adapter_config.json").write_text("{}")
+    (path / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    one_line(run("export", path, "--to", tmp_path / "out"), "pickle", lines=0)
+    (path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 9)
+    one_line(run("export", path, "--to", tmp_path / "out"), "damaged adapter", lines=0)
+
+
+def test_a_damaged_run_json(tmp_path):
+    (tmp_path / "run.json").write_text('{"command": ')
+    one_line(run("grpo", "--from", tmp_path, "--out", tmp_path / "g"), "run.json: damaged")
+
+
+def test_judge_score_lists_bad_rows(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"messages": [], "response": "x"}\n{"response": 1}\nnope\n')
+    one_line(run("judge", "score", path, "--out", tmp_path / "o.jsonl"), f"{path}:2", f"{path}:3")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_data_check_shows_counts_and_the_loss_mask(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join((k.DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[:3]) + "\n", encoding="utf-8")
+    result = run("data", "check", path)
+    assert result.exit_code == 0 and result.stdout.startswith("3 rows are valid: 3 dialogues, 0 prompts")
+    assert "[[<|understanding_begin|>" in result.stdout and "<|im_end|>]]" in result.stdout
+
+
+def test_data_import_goes_through_the_same_rows(tmp_path, rubric):
+    source = tmp_path / "train.csv"
+    source.write_text("conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\nhit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found an old letter today.,5|5|5_5|5|5,\n")
+    out = tmp_path / "prompts.jsonl"
+    result = run("data", "import", source, "--format", "empatheticdialogues", "--out", out)
+    assert result.exit_code == 0 and "1 rows" in result.stdout
+    assert k.load_rows([out], rubric, "prompt")[0].situation == "I found a letter, an old one."
+    one_line(run("data", "import", source, "--format", "empatheticdialogues", "--out", out), "exists already")
+
+
+def test_every_command_has_a_manual_and_help_is_quick():
+    import subprocess
+    import sys
+
+    def commands(group, path=()):
+        for name, command in group.commands.items():
+            yield (*path, name)
+            if hasattr(command, "commands"):
+                yield from commands(command, (*path, name))
+
+    for path in commands(k.cli):
+        result = run(*path, "--help")
+        assert result.exit_code == 0 and len(result.stdout) > 150, path
+    code = "import sys; sys.argv = ['k', '--help']; import kardia_lite\ntry: kardia_lite.cli()\nexcept SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=k.HERE, capture_output=True, text=True).stdout
+    assert out.strip().endswith("False False")  # --help must not wait for torch
+
+
+def test_doctor_prints_the_memory_plan(tmp_path):
+    result = run("doctor")
+    assert result.exit_code == 0 and "memory plan" in result.stdout and "activations" in result.stdout and "in all" in result.stdout
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    one_line(run("doctor", "--model", tmp_path / "config.json"), "config.json has no")
+
+
+def test_options_declare_themselves_once():
+    """Every knob becomes an option of its command with its help, and lands in run.json under its name."""
+    import dataclasses
+
+    for cls, path in ((k.SFTOptions, ["sft"]), (k.GRPOOptions, ["grpo"]), (k.EvaluateOptions, ["evaluate"])):
+        command = k.cli
+        for name in path:
+            command = command.commands[name]
+        declared = {o.name for o in command.params}
+        assert {f.name for f in dataclasses.fields(cls)} <= declared
+
+
+def test_shipped_commands_find_their_data_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert k.SFTOptions().data.is_file() and k.GRPOOptions().data.is_file() and k.EvaluateOptions().exam_pairs.is_file()
