@@ -21,7 +21,7 @@ from typing import Any
 from kardia.llama import LlamaError, Worker, logsumexp, sigmoid
 
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
-KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; every calibration maps it to 0
+KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; cannot occur in a template's own output
 
 
@@ -150,7 +150,7 @@ class Judge:
         """Scores between 0 and 1 per item and criterion, None where the judge cannot tell, 0 where a guard knows better."""
         out = []
         for item, raw in zip(items, self.raw(items)):
-            out.append({name: None if x is None else self.calibration.get(name, Calibration())(x) for name, x in raw.items()})
+            out.append({name: x if x is None else 0.0 if x == KNOWN_BAD else self.calibration.get(name, Calibration())(x) for name, x in raw.items()})
         return out
 
 
