@@ -675,10 +675,11 @@ def compute_dtype():
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and memory.has_fast_bf16() else torch.float32
 
 
-def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, max_length: int = 1024):
+def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, max_length: int = 1024, dtype=None):
     """The base with a LoRA on all linear layers, a new one or a trained one to go on with. Returns a PeftModel.
 
-    bits 4: NF4 with double quantization (QLoRA, arXiv 2305.14314) on a GPU and on a CPU. LoRA weights are float32.
+    bits 4: NF4 with double quantization (QLoRA, arXiv 2305.14314) on a GPU and on a CPU. LoRA weights are float32,
+    everything else `dtype` (default: what this machine computes fastest in).
     """
     import torch
 
@@ -689,11 +690,11 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = None
+    quantization, dtype = None, dtype or compute_dtype()
     if bits == 4:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype())
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = {"": 0} if torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=compute_dtype(), quantization_config=quantization, attn_implementation="sdpa", device_map=device)
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map=device)
     model.config.use_cache = False
     if adapter is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
@@ -1245,7 +1246,7 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     config = GRPOConfig(
         output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=P * G // micro, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
         top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=2, max_steps=options.steps, save_steps=options.save_steps, reward_weights=list(rubric.rewards.values()), use_vllm=rollout == "vllm",
+        lr_scheduler_type="constant", max_steps=options.steps, save_steps=options.save_steps, reward_weights=list(rubric.rewards.values()), use_vllm=rollout == "vllm",
         **({"vllm_mode": "colocate"} if rollout == "vllm" else {}), chat_template_kwargs={"enable_thinking": False}, **shared_arguments(options, bits),
     )  # fmt: skip
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run)
@@ -1493,8 +1494,11 @@ def export_run(source: Path, target: Path, formats: list[str], data: Path, rubri
     if needs_gguf and base.template is None:
         raise UserError(f"{needs_gguf[0]}: the base {base.name} came without a GGUF; train with --gguf-template FILE.gguf, or export merged,lora")
     renderer = Renderer(load_tokenizer(base))
-    prompts = proof_prompts(renderer, [d for d in load_rows([data], load_rubric(rubric_path)) if not d.is_prompt][:6])
-    model = load_policy(base, "transformers", bits, adapter=adapter).eval()
+    prompts = proof_prompts(renderer, [d for d in load_rows([data], load_rubric(rubric_path)) if not d.is_prompt][:4])
+    import torch
+
+    on_gpu = torch.cuda.is_available()  # float32 on a CPU: the proof is not to be blurred by bfloat16's rounding
+    model = load_policy(base, "transformers", bits, adapter=adapter, dtype=None if on_gpu else torch.float32).eval()
     trained = torch_logits(model, prompts)
     with model.disable_adapter():
         before = torch_logits(model, prompts)
@@ -1532,7 +1536,7 @@ def export_run(source: Path, target: Path, formats: list[str], data: Path, rubri
 def write_export(kind: str, run: Run, base: Base, bits: int, target: Path, prompts, worker: Worker):
     """Write one format; returns (path, its next-token logits through its real loader, or None for text)."""
     name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{run.path.name}")
-    hidden = target / ".merged"  # the merged weights, kept until the last GGUF is made of them
+    hidden = target / "merged" if (target / "merged").exists() else target / ".merged"  # what the GGUFs are made of
     if kind not in ("merged", "lora", "modelfile") and not hidden.exists():
         export.write_merged(base.directory, run.adapter, bits, hidden)
     if kind == "merged":

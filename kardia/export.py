@@ -59,6 +59,8 @@ def _gguf_names(config: dict) -> "dict[str, str] | object":
 def _permute(rows, n_head: int):
     """Row order of q/k for GGUF's rotary layout: [heads, 2, half, ...] -> [heads, half, 2, ...]. Works on W [out, in] and on LoRA's B [out, r]."""
     shape = rows.shape
+    if shape[0] % (2 * n_head):
+        raise ExportError(f"{shape[0]} rows do not divide among {n_head} heads: tensor of another base")
     return rows.reshape(n_head, 2, shape[0] // n_head // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 

@@ -46,7 +46,7 @@ def check_gguf(path: str | Path) -> Path:
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError, OSError) as error:
         # numpy raises any of these where a mapped file ends too early
-        raise LlamaError(f"{path}: truncated or damaged GGUF ({type(error).__name__}: {error}); download it again") from error
+        raise LlamaError(f"{path}: truncated GGUF or a damaged one ({type(error).__name__}: {error}); download it again") from error
     if not reader.tensors:
         raise LlamaError(f"{path}: this GGUF holds no tensors (a vocabulary only?); give a model's GGUF")
     if end > path.stat().st_size:
@@ -326,10 +326,16 @@ class _Engine:
 
         entry = self.models[role]
         out = np.empty((len(prompts), entry.n_vocab), np.float32)
+        self._context(entry, max(map(len, prompts)), 1)
+        before: list[int] = []
         for row, prompt in enumerate(prompts):
-            self._context(entry, len(prompt), 1)
-            self._decode(entry, [(t, i, [0], i == len(prompt) - 1) for i, t in enumerate(prompt)])
-            out[row] = self._logits(entry, len(prompt) - 1)
+            if before and prompt[: len(before)] == before and len(prompt) > len(before):  # goes on where the last one ended
+                start = len(before)
+            else:
+                self.lib.llama_memory_clear(self.lib.llama_get_memory(entry.ctx), False)
+                start = 0
+            self._decode(entry, [(t, i, [0], i == len(prompt) - 1) for i, t in enumerate(prompt)][start:])
+            out[row], before = self._logits(entry, len(prompt) - 1 - start), prompt
         return out
 
     def quantize(self, source: str, target: str, file_type: str) -> None:

@@ -191,7 +191,8 @@ def test_a_worker_that_dies_twice_is_a_clear_error(gguf, monkeypatch):
         worker.load("policy", gguf)
 
         def dead(*_):
-            os.kill(worker.pid, signal.SIGKILL)
+            if worker.pid:
+                os.kill(worker.pid, signal.SIGKILL)
             raise EOFError
 
         monkeypatch.setattr(worker, "_once", dead)

@@ -16,7 +16,7 @@ from kardia import export, report
 
 pytestmark = pytest.mark.real
 
-FEW = ["--limit", "4", "--batch-size", "2", "--max-length", "600"]
+FEW = ["--limit", "4", "--batch-size", "2", "--max-length", "600", "--learning-rate", "5e-3"]
 
 
 def run(*arguments, ok=True):
@@ -55,10 +55,26 @@ def sft(work, embedded):
     return work / "sft"
 
 
+def run_grpo(sft, pairs, out):
+    """Two real steps. Four SFT steps teach no four-span answer, so the true rewards are all 0; the format component is
+    replaced by something the rollouts differ in, and everything else (judge, advantages, update) is real."""
+    score = k.score_answers
+
+    def with_signal(answers, *rest, **more):
+        rewards = score(answers, *rest, **more)
+        for reward, (_, text) in zip(rewards, answers):
+            reward.components["format"] = text.count("e") % 5 / 4
+        return rewards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(k, "score_answers", with_signal)
+        run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", out)
+    return out
+
+
 @pytest.fixture(scope="module")
 def grpo(work, sft, pairs):
-    run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", work / "grpo")
-    return work / "grpo"
+    return run_grpo(sft, pairs, work / "grpo")
 
 
 @pytest.mark.parametrize("turns", [1, 2])
@@ -119,8 +135,7 @@ def test_grpo_writes_every_rollout_with_scores_and_advantage(grpo):
 
 def test_grpo_moves_the_sft_adapter_and_repeats_itself(grpo, sft, work, pairs):
     assert adapter_bytes(grpo) != adapter_bytes(sft)
-    run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", work / "grpo2")
-    assert adapter_bytes(work / "grpo2") == adapter_bytes(grpo)
+    assert adapter_bytes(run_grpo(sft, pairs, work / "grpo2")) == adapter_bytes(grpo)
 
 
 def test_grpo_with_transformers_rollouts_and_a_kl_penalty(sft, work, pairs):
@@ -142,7 +157,7 @@ def test_group_size_and_micro_batch_must_fit(sft, work, pairs):
 
 def test_four_bit_sft_on_the_cpu_merges_what_was_trained(work):
     """NF4 for real: the merge goes into the dequantized NF4 weights; into the 16-bit ones it would be another model."""
-    run("sft", *FEW, "--bits", 4, "--max-steps", 2, "--out", work / "nf4")
+    run("sft", *FEW, "--bits", 4, "--max-steps", 4, "--out", work / "nf4")
     result = run("export", work / "nf4", "--to", work / "nf4-out", "--formats", "merged,bf16")
     entry = json.loads((work / "nf4-out" / "export.json").read_text())["formats"]
     assert entry["merged"]["ok"] and entry["bf16"]["ok"], result.stderr
@@ -154,7 +169,7 @@ def test_four_bit_sft_on_the_cpu_merges_what_was_trained(work):
 
     renderer = k.Renderer(k.load_tokenizer(base))
     prompts = [renderer.ids(t) for t in ("The capital of France is", "She felt alone because")]
-    trained = k.torch_logits(k.load_policy(base, "transformers", 4, adapter=source.adapter).eval(), prompts)
+    trained = k.torch_logits(k.load_policy(base, "transformers", 4, adapter=source.adapter, dtype=torch.float32).eval(), prompts)
     kl = [export.kl_and_agreement(trained, k.torch_logits(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32), prompts))[0] for p in (work / "nf4-out" / "merged", wrong)]
     assert kl[0] < 0.1 * kl[1]
 
