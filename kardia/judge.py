@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from kardia.llama import LlamaError, Worker, logsumexp, sigmoid
 

