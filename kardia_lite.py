@@ -645,6 +645,7 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
         pairs = exam.load_pairs(pairs_path, [c.name for c in rubric.criteria])
         say(f"examining the judge {path.name} on {len(pairs)} pairs (once per judge, rubric and exam)")
         result = exam.run_exam(referee, pairs, *hashes, progress=lambda done, total: done % 20 == 0 and say(f"  {done}/{total} pairs"))
+        result["judge"] = judge if judge == EMBEDDED else path.name  # not the cache's name for it
         write_json(cached, result)
     exam.apply(referee, result)
     return referee, result

@@ -227,7 +227,7 @@ def _trained(data: dict) -> str:
     seconds, memory = _number(run.get("seconds")), _number(run.get("peak_memory_gb"))
     words = [
         f"<b>{_text(str(run.get('command') or 'run').upper())}</b>",
-        run.get("base") and f"of <b>{_text(Path(str(run['base'])).name)}</b>" + (f" ({_text(run['bits'])}-bit)" if run.get("bits") else ""),
+        run.get("base") and f"of <b>{_text(run.get('model') or Path(str(run['base'])).name)}</b>" + (f" ({_text(run['bits'])}-bit)" if run.get("bits") else ""),
         run.get("parent") and f"starting from {_text(run['parent'])}",
         steps and f"for {max(steps):.0f} steps",
         seconds and f"in {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'}",
