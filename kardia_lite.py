@@ -261,6 +261,14 @@ class GRPOOptions(CommonOptions):
     rollout: str = knob("auto", "Who samples: llama.cpp, transformers (hf) or vLLM.", choices=("auto", "llama", "hf", "vllm"))
     save_steps: int = knob(10, "Optimizer steps between checkpoints.", min=1)
 
+    def answers_per_pass(self) -> int:
+        """The micro-batch: a divisor of the group, so that no pass mixes two prompts."""
+        micro = self.micro_batch or self.group_size
+        if self.group_size % micro:
+            fits = max(d for d in range(1, min(micro, self.group_size) + 1) if self.group_size % d == 0)
+            raise UserError(f"--micro-batch {micro} does not divide --group-size {self.group_size}; try {fits}")
+        return micro
+
 
 @dataclass
 class EvaluateOptions(CommonOptions):
@@ -280,7 +288,7 @@ def choose_engine(engine: str) -> str:
     """auto -> unsloth where CUDA and unsloth are present. Imports unsloth first: it patches trl, peft and transformers as they load."""
     from importlib.util import find_spec
 
-    available = find_spec("unsloth") is not None and memory.gpu_line() != "no GPU"
+    available = find_spec("unsloth") is not None and memory.has_gpu()
     if engine == "unsloth" and not available:
         raise UserError("--engine unsloth needs an NVIDIA GPU and `pip install -r requirements-gpu.txt`; --engine transformers works everywhere")
     if engine == "auto":
@@ -451,7 +459,7 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     rows = rows[: options.limit] if options.limit else rows
     base = resolve_base(options.model, options.gguf_template)
     engine = choose_engine(options.engine)
-    bits = options.bits or (4 if memory.gpu_line() != "no GPU" else 16)
+    bits = options.bits or (4 if memory.has_gpu() else 16)
     run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
     checkpoint = run.checkpoint() if resume else None
     from datasets import Dataset
@@ -569,8 +577,8 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     shutil.rmtree(run.path / "adapter", ignore_errors=True)
     os.replace(target, run.path / "adapter")
     (run.path / "adapter" / "README.md").unlink(missing_ok=True)
-    for checkpoint in run.path.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for leftover in run.path.glob("checkpoint-*"):
+        shutil.rmtree(leftover)
     run.update(status="done", seconds=round(seconds, 1), ended=time.strftime("%Y-%m-%dT%H:%M:%S"), peak_memory_gb=round(memory.peak_memory_gb(), 2))
 
 
@@ -843,6 +851,7 @@ class Rollouts:
 
 def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
     """Go on from an SFT run with GRPO (TRL's GRPOTrainer). Writes out/adapter and every rollout."""
+    options.answers_per_pass()  # a mistake in it shows now, before the exam and the run directory
     parent = Run(source)
     adapter, bits = parent.adapter, parent.facts["bits"]
     rubric = load_rubric(options.rubric)
@@ -888,9 +897,7 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     renderer = Renderer(tokenizer)
     model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
     G, P = options.group_size, options.prompts_per_step
-    micro = options.micro_batch or G
-    if G % micro:
-        raise UserError(f"--micro-batch {micro} does not divide --group-size {G}; try {max(d for d in range(1, micro + 1) if G % d == 0)}")
+    micro = options.answers_per_pass()
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
     rows = [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat_messages(d, len(d.messages), renderer.system_role)], "index": i} for i, d in enumerate(dialogues)]
@@ -902,7 +909,7 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     )  # fmt: skip
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run)
     if rollout == "llama":
-        worker.load("policy", base.gguf(bits), -1 if memory.gpu_line() != "no GPU" else 0)
+        load_for_rollouts(worker, base.gguf(bits))
     trainer_class = make_grpo_trainer_class()
     trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollouts if rollout == "llama" else None)
     trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
@@ -915,6 +922,11 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
         rollouts.lora.unlink(missing_ok=True)
     run.update(reward_trend=reward_trend(run))
     say(trend_sentence(run.facts["reward_trend"]))
+
+
+def load_for_rollouts(worker: Worker, gguf: Path) -> None:
+    """The policy's base in the llama worker: all layers on the GPU, or none where there is no GPU."""
+    worker.load("policy", gguf, -1 if memory.has_gpu() else 0)
 
 
 def choose_rollout(rollout: str, base: Base) -> str:
@@ -974,7 +986,7 @@ class Answerer:
         """One answer per prompt, as text."""
         tokenizer, prompts = self.renderer.tokenizer, [self.renderer.prompt(d) for d in dialogues]
         if self.gguf is not None:
-            self.worker.load("policy", self.gguf, -1 if memory.gpu_line() != "no GPU" else 0)
+            load_for_rollouts(self.worker, self.gguf)
             self.worker.set_lora("policy", self.lora)
             samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16)
             return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)

@@ -26,7 +26,7 @@ class Base:
     def gguf(self, bits: int) -> Path | None:
         """A BF16 GGUF with exactly the weights torch computes with (for 4 bits: the dequantized NF4 ones), made once and kept.
 
-        BF16 although the source may be Q4_1: prefill is 3 to 4 times faster on a CPU, and a judge or a rollout sees the same model as torch.
+        BF16 although the source may be Q4_1: a judge or a rollout then sees the same model as torch.
         """
         if self.template is None:
             return None

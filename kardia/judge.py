@@ -59,7 +59,6 @@ class Judge:
         self.path = str(path)
         self.calibration: dict[str, Calibration] = {}
         self._tokens: dict[str, list[int]] = {}
-        self.judged = 0
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._tokens:
@@ -86,7 +85,6 @@ class Judge:
                 self._raw_plain(context, members, items, plain, results)
             if likert:
                 self._raw_likert(items[members[0]], members, items, likert, results)
-        self.judged += len(items)
         return results
 
     def _fits(self, *lengths: int) -> bool:

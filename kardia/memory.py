@@ -46,12 +46,18 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def gpu_line() -> str:
-    """The GPU torch can use, in words, or "no GPU"."""
+def has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
+    return torch.cuda.is_available()
+
+
+def gpu_line() -> str:
+    """The GPU torch can use, in words, or "no GPU"."""
+    if not has_gpu():
         return "no GPU"
+    import torch
+
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory / GB:.0f} GB"
 

@@ -153,6 +153,7 @@ def test_grpo_refuses_a_judge_that_cannot_judge(sft, work, pairs):
 def test_group_size_and_micro_batch_must_fit(sft, work, pairs):
     result = run("grpo", "--from", sft, "--group-size", 4, "--micro-batch", 3, "--exam-pairs", pairs, "--force-judge", "--out", work / "m", ok=False)
     assert result.exit_code == 1 and "does not divide" in result.stderr
+    assert not (work / "m").exists()
 
 
 def test_four_bit_sft_on_the_cpu_merges_what_was_trained(work):
