@@ -24,6 +24,7 @@ llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run dir
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -37,12 +38,12 @@ from typing import Any
 
 import click
 
-from kardia import datasets_io, exam, export, memory, report
+from kardia import corpus, datasets_io, exam, export, memory, report
 from kardia.base import EMBEDDED, Base, cache_directory, quiet, resolve_base
 from kardia.judge import Item, Judge, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.rubric import Rubric, load_rubric
-from kardia.runs import Run, UserError, file_hash, knob, machine, options, say, versions, write_json, write_text
+from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
 
 HERE = Path(__file__).resolve().parent
@@ -151,8 +152,8 @@ def check_row(row: Any, labels: dict[str, str], where: str) -> tuple[Dialogue | 
         if role == "assistant":
             try:
                 spans = parse_answer(message["content"])
-                if emotion in set(labels.values()) and spans["emotion"] != emotion:
-                    wrong(f"messages[{i}] emotion span {spans['emotion']!r}", f"the row's emotion {emotion!r}")
+                if spans["emotion"] not in set(labels.values()):
+                    wrong(f"messages[{i}] emotion span {spans['emotion']!r}", "one of the labels in rubrics.yaml, usually the row's emotion")
             except SpanError as error:
                 wrong(f"messages[{i}]: {error}", "understanding, reasoning, emotion, response, each once, in this order")
         turns.append((role, message["content"]))
@@ -233,7 +234,7 @@ class SFTOptions(CommonOptions):
     learning_rate: float = knob(2e-4, "Peak learning rate, cosine to 0 (the smaller the model, the more: the demo takes 3e-3 for 135M).", min=0.0)
     batch_size: int = knob(8, "Dialogues per optimizer step.", min=1)
     micro_batch: int = knob(1, "Dialogues per forward pass; memory, not mathematics.", min=1)
-    max_length: int = knob(1024, "Tokens per dialogue; longer ones lose their last turns.", min=64)
+    max_length: int = knob(1536, "Tokens per dialogue; longer ones lose their last turns.", min=64)
     lora_rank: int = knob(16, "LoRA rank, on all linear layers.", min=1)
     lora_alpha: int = knob(32, "LoRA alpha; the update is scaled by alpha / rank.", min=1)
     save_steps: int = knob(20, "Optimizer steps between checkpoints.", min=1)
@@ -1262,7 +1263,7 @@ def data() -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", default=EMBEDDED, show_default=True, help="Whose tokenizer counts the tokens.")
 @click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
-@click.option("--max-length", default=1024, show_default=True, type=click.IntRange(64), help="Token limit to compare with.")
+@click.option("--max-length", default=1536, show_default=True, type=click.IntRange(64), help="Token limit to compare with.")
 @click.option("--show", default=1, show_default=True, type=click.IntRange(0), help="Show this row (1 = first) with its loss mask; 0: none.")
 def data_check(files: tuple[Path, ...], model: str, rubric: Path, max_length: int, show: int) -> None:
     """Validate rows (all errors at once, as file:line: found / expected), count tokens, show one row as the model sees it.
@@ -1275,66 +1276,71 @@ def data_check(files: tuple[Path, ...], model: str, rubric: Path, max_length: in
 
 def check_data(files: list[Path], model: str, rubric_path: Path, max_length: int, show: int) -> None:
     start(CommonOptions(), model)
-    rows = load_rows(files, load_rubric(rubric_path))
+    rubric = load_rubric(rubric_path)
+    rows = load_rows(files, rubric)
     renderer = Renderer(load_tokenizer(resolve_base(model)))
-    lengths = sorted(sum(len(ids) for ids, _ in renderer.examples(row, 10**9)) or len(renderer.prompt(row)) for row in rows)
-    prompts = sum(row.is_prompt for row in rows)
-    click.echo(f"{len(rows)} rows are valid: {len(rows) - prompts} dialogues, {prompts} prompts; {len({r.person for r in rows})} persons, {len({r.emotion for r in rows})} emotions")
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.emotion] = counts.get(row.emotion, 0) + 1
-    click.echo("rows per emotion: " + ", ".join(f"{label} {n}" for label, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))))
-    click.echo(f"tokens per row: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; {sum(n > max_length for n in lengths)} over --max-length {max_length}")
-    width = max(1, -(-(lengths[-1] - lengths[0] + 1) // 10))
-    for low in range(lengths[0], lengths[-1] + 1, width):
-        n = sum(low <= length < low + width for length in lengths)
-        click.echo(f"  {low:>5}-{low + width - 1:<5} {n:>5} {'#' * round(40 * n / len(rows))}")
-    people: dict[str, set[str]] = {}
-    for row in rows:
-        people.setdefault(row.person, set()).add(row.where.rsplit(":", 1)[0])
-    if shared := [person for person, where in people.items() if len(where) > 1]:
-        click.echo(f"warning: {len(shared)} persons stand in more than one file; splits should not share persons (first: {shared[0][:60]}...)")
+    lengths = []
+    with progress("counting tokens", len(rows)) as at:
+        for number, row in enumerate(rows, 1):
+            lengths.append(max((len(ids) for ids, _ in renderer.examples(row, 10**9)), default=0) or len(renderer.prompt(row)))
+            at(number)
+    say(f"{len(rows)} rows are valid")
+    for line in corpus.describe(rows, sorted(rubric.emotions)):
+        click.echo(line)
+    over = [row.where for row, n in zip(rows, lengths) if n > max_length]
+    ordered = sorted(lengths)
+    click.echo(f"tokens per row for {model}: shortest {ordered[0]}, median {ordered[len(ordered) // 2]}, longest {ordered[-1]}")
+    for line in corpus.histogram(lengths, max_length):
+        click.echo(line)
+    click.echo(f"over --max-length {max_length}: {len(over) or 'none'}" + (f" (they lose their last turns, or are too long to ask): {', '.join(over[:3])}{', ..' if len(over) > 3 else ''}" if over else ""))
+    for line in corpus.repeats(rows):
+        click.echo(line)
     if show:
-        row = rows[min(show, len(rows)) - 1]
-        click.echo(f"\n{row.where} as the model sees it ({click.style('trained', fg='green')}, {click.style('context only', dim=True)}):")
-        for ids, labels in renderer.examples(row, max_length) or [(renderer.prompt(row), [])]:
-            labels = labels or [-100] * len(ids)
-            start_ = 0
-            for i in range(1, len(ids) + 1):
-                if i == len(ids) or (labels[i] == -100) != (labels[start_] == -100):
-                    text = renderer.tokenizer.decode(ids[start_:i])
-                    click.echo(click.style(text, dim=True) if labels[start_] == -100 else click.style(f"[[{text}]]", fg="green"), nl=False)
-                    start_ = i
-        click.echo()
+        show_row(rows[min(show, len(rows)) - 1], renderer, max_length)
+
+
+def show_row(row: Dialogue, renderer: Renderer, max_length: int) -> None:
+    """One row as the model sees it; on a terminal the trained tokens are green, everywhere they stand in [[ ]]."""
+    click.echo(f"\n{row.where} as the model sees it ({click.style('[[trained]]', fg='green')}, {click.style('context only', dim=True)}):")
+    for ids, labels in renderer.examples(row, max_length) or [(renderer.prompt(row), [])]:
+        for trained, run in itertools.groupby(zip(ids, labels or [-100] * len(ids)), key=lambda pair: pair[1] != -100):
+            text = renderer.tokenizer.decode([token for token, _ in run])
+            click.echo(click.style(f"[[{text}]]", fg="green") if trained else click.style(text, dim=True), nl=False)
+    click.echo()
 
 
 @data.command("import")
 @click.argument("source")
 @click.option("--format", "format_", required=True, type=click.Choice(datasets_io.FORMATS), help="Which dataset it is.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="JSONL file to write (default: data/<format>.jsonl here).")
+@click.option("--split", default="all", show_default=True, help="Of a directory or hub dataset, only the files with this in their name (train, valid, test).")
 @click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
-def data_import(source: str, format_: str, out: Path | None, rubric: Path) -> None:
-    """Turn KardiaBench, EmpatheticDialogues or ESConv into our rows. What cannot be mapped is counted and listed.
+def data_import(source: str, format_: str, out: Path | None, split: str, rubric: Path) -> None:
+    """Turn KardiaBench, EmpatheticDialogues or ESConv into our rows.
+
+    SOURCE is a file, a directory, or (KardiaBench) the hub id. What cannot be mapped is counted here and listed, record by
+    record, in OUT.skipped.txt. KardiaBench gives dialogues, the other two GRPO prompts. `data check` the result.
 
     \b
-    kardia_lite.py data import train.csv --format empatheticdialogues --out prompts.jsonl
+    kardia_lite.py data import Jhcircle/KardiaBench --format kardiabench --split train --out train.jsonl
+    kardia_lite.py data import empatheticdialogues/train.csv --format empatheticdialogues --out prompts.jsonl
+    kardia_lite.py data import ESConv.json --format esconv --out support.jsonl
     """
     target = out or Path("data") / f"{format_}.jsonl"
     if target.exists():
         raise UserError(f"{target}: exists already; choose another --out")
-    shown = [0]
-
-    def progress(done: int, total: int) -> None:
-        if total and done * 10 // total > shown[0]:
-            shown[0] = done * 10 // total
-            say(f"  {shown[0] * 10}%")
-
-    result = datasets_io.import_dataset(source, format_, target, load_rubric(rubric).labels, progress)
-    click.echo(f"{target}: {result.rows} rows ({result.dialogues} dialogues, {result.prompts} prompts)")
+    with progress("importing") as at:
+        result = datasets_io.import_dataset(source, format_, target, load_rubric(rubric).labels, at, split)
+    click.echo(f"{target}: {result.rows} rows ({result.dialogues} dialogues, {result.prompts} prompts)" + (f" from {len(result.files)} files:" if len(result.files) > 1 else ""))
+    if len(result.files) > 1:
+        for name, n in result.files.items():
+            click.echo(f"  {n:>7} {name}")
     for reason, n in result.skipped.items():
         click.echo(f"skipped {n}: {reason}" + "".join(f"\n  {example}" for example in result.examples.get(reason, [])))
     if result.unmapped:
-        click.echo("labels without a place among the emotions: " + ", ".join(f"{label} {n}" for label, n in result.unmapped.items()))
+        click.echo("labels without a place among the emotions (add them as aliases in rubrics.yaml): " + ", ".join(f"{label} {n}" for label, n in result.unmapped.items()))
+    if result.skipped_list:
+        click.echo(f"all {sum(result.skipped.values())} skipped records, with their lines: {result.skipped_list}")
 
 
 @cli.command()

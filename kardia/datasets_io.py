@@ -3,8 +3,9 @@
 A row is `{person, mbti, emotion, situation, anon_username, messages[{role, content}]}`. KardiaBench gives training
 dialogues (they end in a four-span assistant turn); the other two give GRPO prompts: one opening user turn, no profile.
 Everything streams: a reader yields (line, record), a converter makes the row or raises `_Skip`, and the row is written
-before the next record is read. What cannot be used is counted under its reason and listed as file:line, never dropped
-silently. Licences stay with the data: KardiaBench is cc-by-nc-nd-4.0, so the converted rows must not be passed on.
+before the next record is read. What cannot be used is counted under its reason, the first of each reason are shown, and
+all are listed as file:line in `<target>.skipped.txt`: nothing is dropped silently. Licences stay with the data:
+KardiaBench is cc-by-nc-nd-4.0 and ESConv is for research only, so the converted rows must not be passed on.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class ImportReport:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> count
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first 'file:line: detail' (parquet: file:row)
     unmapped: dict[str, int] = field(default_factory=dict)  # emotion label no alias is known for -> count
+    files: dict[str, int] = field(default_factory=dict)  # every file that was read -> rows from it
+    skipped_list: Path | None = None  # where every skipped record is listed, if any was
 
 
 class _Skip(Exception):
@@ -92,35 +95,45 @@ def _one_line(value: object, limit: int = 100) -> str:
 
 
 def import_dataset(
-    source: str | Path, format: str, target: Path, emotions: dict[str, str], progress: Callable[[int, int], None] | None = None
+    source: str | Path, format: str, target: Path, emotions: dict[str, str], progress: Callable[[int, int], None] | None = None, split: str = "all"
 ) -> ImportReport:
     """Convert `source` (a file, a directory, or KardiaBench's hub id) to rows in `target`, a JSONL file.
 
-    `emotions` maps every known lower-case label or alias to one of the 32 labels. All matching files of a directory are
-    read, a hub data set's train and test alike; to import one split, pass its file. `target` is written under a
-    temporary name and renamed when complete, so a failure leaves an older `target` as it was.
+    `emotions` maps every known lower-case label or alias to one of the 32 labels. `split` other than "all" reads only
+    those files of a directory or hub data set whose name contains it (train, test, ..). `target` and the list of
+    skipped records are written under temporary names and renamed when complete, so a failure leaves older ones as
+    they were. Raises ImportProblem, one line, for whatever the user can mend.
     """
     if format not in FORMATS:
         raise ImportProblem(f"unknown format {_one_line(format)!r}: use one of {', '.join(FORMATS)}")
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.part")
+    skipped = target.with_name(f"{target.name}.skipped.txt")
+    temporary, temporary_skipped = (path.with_name(f".{path.name}.part") for path in (target, skipped))
     report = ImportReport()
     try:
-        paths = _locate(source, format)
+        paths = _locate(source, format, split)
         if target.is_dir() or target.resolve() in [path.resolve() for path in paths]:
             raise ImportProblem(f"{target}: a directory or the source itself cannot be the target: name another file")
         meter = _Meter(sum(path.stat().st_size for path in paths), progress)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as out:
+            with open(temporary, "wb") as out, open(temporary_skipped, "w", encoding="utf-8") as listed:
                 for path in paths:
-                    out.writelines(_rows(path, format, emotions, report, meter))
+                    before = report.rows
+                    out.writelines(_rows(path, format, emotions, report, meter, listed))
+                    report.files[str(path)] = report.rows - before
                     meter.before += path.stat().st_size
             if not report.rows:
                 raise ImportProblem(_nothing_usable(source, report))
+            if report.skipped:
+                os.replace(temporary_skipped, skipped)
+                report.skipped_list = skipped
+            else:
+                skipped.unlink(missing_ok=True)  # an earlier import's list is not this one's
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+            temporary_skipped.unlink(missing_ok=True)
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
     except OSError as error:
@@ -129,8 +142,8 @@ def import_dataset(
     return report
 
 
-def _rows(path: Path, format: str, emotions: dict[str, str], report: ImportReport, meter: _Meter) -> Iterator[bytes]:
-    """The file's usable rows as JSONL lines; the others go to the report."""
+def _rows(path: Path, format: str, emotions: dict[str, str], report: ImportReport, meter: _Meter, skipped: TextIO) -> Iterator[bytes]:
+    """The file's usable rows as JSONL lines; the others go to the report and, each with its place, to `skipped`."""
     convert = {"kardiabench": _kardia_row, "empatheticdialogues": _opening_row, "esconv": _esconv_row}[format]
     for line, record in _records(path, format, meter):
         try:
@@ -145,9 +158,10 @@ def _rows(path: Path, format: str, emotions: dict[str, str], report: ImportRepor
                 raise _Skip("text holds a broken character (lone surrogate)") from None
         except _Skip as skip:
             report.skipped[skip.reason] = report.skipped.get(skip.reason, 0) + 1
-            listed = report.examples.setdefault(skip.reason, [])
+            listed, where = report.examples.setdefault(skip.reason, []), f"{path.name}:{line}: {skip.detail}".rstrip(": ")
             if len(listed) < MAX_EXAMPLES:
-                listed.append(f"{path.name}:{line}: {skip.detail}".rstrip(": "))
+                listed.append(where)
+            skipped.write(f"{path.name}:{line}: {skip.reason}{': ' * bool(skip.detail)}{skip.detail}\n")
             if skip.label is not None:
                 label = skip.label if skip.label in report.unmapped or len(report.unmapped) < MAX_UNMAPPED else "(others)"
                 report.unmapped[label] = report.unmapped.get(label, 0) + 1
@@ -168,7 +182,7 @@ def _nothing_usable(source: str | Path, report: ImportReport) -> str:
 # ---------------------------------------------------------------- where the files are
 
 
-def _locate(source: str | Path, format: str) -> list[Path]:
+def _locate(source: str | Path, format: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
     if format == "kardiabench" and not path.exists():
         path = next((_download(name) for name in HUB_IDS if name.lower() == Path(source).as_posix().lower()), path)
@@ -179,6 +193,11 @@ def _locate(source: str | Path, format: str) -> list[Path]:
     if path.is_dir():
         found = [hit for pattern in WANTED[format] for hit in sorted(path.rglob(pattern)) if hit.is_file() and hit.name not in METADATA]
         found = [hit for hit in found if not any(part.startswith(".") for part in hit.relative_to(path).parts)]
+        if found and split != "all":
+            names = [hit.name for hit in found]
+            found = [hit for hit in found if split.lower() in hit.name.lower()]
+            if not found:
+                raise ImportProblem(f"{path}: no file with {split!r} in its name (there are {_one_line(', '.join(names))}): choose another --split, or all")
     if not found:
         raise ImportProblem(f"{path}: no {' or '.join(WANTED[format])} in this directory")
     for hit in found:
@@ -189,7 +208,7 @@ def _locate(source: str | Path, format: str) -> list[Path]:
 
 def _download(name: str) -> Path:
     """The hub data set's files in the local cache. It is gated: every failure says what to do next."""
-    otherwise = "or download the data elsewhere and pass the local file"
+    otherwise = f"or on a machine where that works `hf download {HUB_IDS[0]} --repo-type dataset --local-dir kardiabench`, bring that folder here and import it"
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -208,6 +227,8 @@ def _download(name: str) -> Path:
         steps = "access is gated: accept the conditions on the dataset's page with your account, run `hf auth login`, try again"
     elif isinstance(failure, (errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError)) or status in (401, 403):
         steps = "the hub does not show it without a valid login: run `hf auth login` and try again"
+    elif isinstance(failure, errors.OfflineModeIsEnabled):
+        steps = "offline mode is on (HF_HUB_OFFLINE): unset it and try again"
     else:
         cause = failure.__cause__ or failure
         steps = f"cannot be downloaded ({type(cause).__name__}: {_one_line(str(cause), 80)}): check the network and try again"
@@ -314,13 +335,15 @@ def _parquet(path: Path, meter: _Meter) -> Iterator[tuple[int, Any]]:
     except ImportError:
         raise ImportProblem(f"{path}: reading parquet needs pyarrow: pip install pyarrow, or pass JSONL") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        # one row group after the other, through a small buffer: else pyarrow keeps the whole file (478 MB of 500) in memory
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
             size, total, number = path.stat().st_size, max(table.metadata.num_rows, 1), 0
-            for batch in table.iter_batches(batch_size=64):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-                meter.at(size * number // total)
+            for group in range(table.metadata.num_row_groups):
+                for batch in table.iter_batches(batch_size=64, row_groups=[group], use_threads=False):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield number, record
+                    meter.at(size * number // total)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ImportProblem(f"{path}: not a readable parquet file ({_one_line(str(error))})") from error
 
@@ -397,6 +420,11 @@ def _kardia_row(record: dict, emotions: dict[str, str]) -> dict:
     person, situation = _text(record, "person"), _text(record, "situation")
     emotion = _label(_text(record, "emotion"), emotions)
     turns = record.get("messages")
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a list that went through a CSV or a text column
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            pass
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise _Skip("messages missing or not a list of turns", turns)
     if turns and turns[0].get("role") == "system":

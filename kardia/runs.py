@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,32 @@ class UserError(click.ClickException):
 def say(text: str = "") -> None:
     """Progress for a person, on stderr; stdout is kept for the product."""
     click.echo(text, err=True)
+
+
+@contextmanager
+def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Something long is going on: a bar with the time left on a terminal, else a line every tenth once it takes longer than 5 s (stderr).
+
+    Yields `at(done, total=None)`; `done` is in any unit, absolute.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console, told, began = Console(stderr=True), [0], time.time()
+    if not console.is_terminal:
+
+        def tell(done: float, of: float | None = None) -> None:
+            of = of or total
+            if of and done * 10 // of > told[0] and time.time() - began > 5:
+                told[0] = int(done * 10 // of)
+                say(f"  {title} {told[0] * 10}%")
+
+        yield tell
+        return
+    columns = TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done, of=None: bar.update(task, completed=done, **({"total": of} if of else {}))
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:

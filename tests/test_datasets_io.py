@@ -316,7 +316,7 @@ def hub_error(name):
         ("HfHubHTTPError", "run `hf auth login`"),
         ("LocalTokenNotFoundError", "run `hf auth login`"),
         ("LocalEntryNotFoundError", "check the network"),
-        ("OfflineModeIsEnabled", "check the network"),
+        ("OfflineModeIsEnabled", "offline mode is on (HF_HUB_OFFLINE): unset it"),
         ("ConnectError", "cannot be downloaded (ConnectError: no route to host): check the network"),
         ("ReadTimeout", "check the network"),
         ("ConnectionError", "check the network"),
@@ -332,7 +332,7 @@ def test_hub_failures_say_what_to_do(name, expected, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     message = problem("Jhcircle/KardiaBench", "kardiabench", tmp_path)
-    assert expected in message and message.endswith("or download the data elsewhere and pass the local file")
+    assert expected in message and message.endswith("bring that folder here and import it")
     both = ["Jhcircle/KardiaBench", "Jhcircle/KadiaBench"]
     assert asked == (both if name == "RepositoryNotFoundError" else both[:1])
 
@@ -343,3 +343,49 @@ def test_hub_files_are_read_like_a_directory(tmp_path, monkeypatch):
     put(tmp_path / "cache" / "train.jsonl", kardia())
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, repo_type, allow_patterns: str(tmp_path / "cache"))
     assert len(run("jhcircle/kadiabench", "kardiabench", tmp_path)[0]) == 1
+
+
+# ---------------------------------------------------------------- what was read, what was not
+
+
+def test_every_skipped_record_is_listed(tmp_path):
+    source = put(tmp_path / "a.jsonl", kardia(), *[kardia(emotion=f"mood {i}") for i in range(9)], "{torn")
+    _, report = run(source, "kardiabench", tmp_path)
+    lines = report.skipped_list.read_text(encoding="utf-8").splitlines()
+    assert report.skipped_list.name == "rows.jsonl.skipped.txt" and len(lines) == sum(report.skipped.values()) == 10
+    assert lines[0] == "a.jsonl:2: emotion has no known label: mood 0" and lines[-1].startswith("a.jsonl:11: malformed JSON")
+    _, report = run(put(tmp_path / "b.jsonl", kardia()), "kardiabench", tmp_path)
+    assert report.skipped_list is None and [p.name for p in (tmp_path / "out").iterdir()] == ["rows.jsonl"]  # the older list is gone
+
+
+def test_one_split_of_a_directory(tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    put(folder / "train-00000.jsonl", kardia(), kardia())
+    put(folder / "test-00000.jsonl", kardia())
+    _, report = run(folder, "kardiabench", tmp_path, split="train")
+    assert report.files == {str(folder / "train-00000.jsonl"): 2}
+    _, report = run(folder, "kardiabench", tmp_path)
+    assert list(report.files.values()) == [1, 2]
+    with pytest.raises(ImportProblem, match=r"no file with 'valid' in its name \(there are test-00000.jsonl, train-00000.jsonl\)"):
+        import_dataset(folder, "kardiabench", tmp_path / "x.jsonl", EMOTIONS, split="valid")
+
+
+def test_messages_that_went_through_a_text_column(tmp_path):
+    record = kardia()
+    rows, _ = run(put(tmp_path / "a.jsonl", {**record, "messages": json.dumps(record["messages"])}, kardia()), "kardiabench", tmp_path)
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("row_group", [200, 10**6])
+def test_parquet_streams_whatever_its_row_groups(row_group, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    source, record = tmp_path / "big.parquet", kardia("word " * 3000)
+    table = pyarrow.Table.from_pylist([{**record, "anon_username": f"user{i}"} for i in range(5000)])
+    pyarrow.parquet.write_table(table, source, row_group_size=row_group, compression="none", use_dictionary=False)
+    del table
+    before, peak = pyarrow.total_allocated_bytes(), []
+    _, report = run(source, "kardiabench", tmp_path, progress=lambda *_: peak.append(pyarrow.total_allocated_bytes() - before))
+    assert report.rows == 5000 and source.stat().st_size > 70_000_000 and max(peak) < 20_000_000
