@@ -38,16 +38,18 @@ from typing import Any
 
 import click
 
-from kardia import corpus, datasets_io, exam, export, memory, report
+from kardia import corpus, datasets_io, exam, export, judge_lora, memory, report
 from kardia.base import EMBEDDED, Base, cache_directory, quiet, resolve_base
+from kardia.guards import guard
 from kardia.judge import Item, Judge, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
-from kardia.rubric import Rubric, load_rubric
+from kardia.rubric import METHODS, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
+JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded model
 
 
 # ------------------------------------------------------------------------------------------------ 1 spans
@@ -245,6 +247,7 @@ class GRPOOptions(CommonOptions):
     data: Path = knob(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
     judge: str = knob(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
     judge_gpu_layers: int = knob(-1, "Judge layers on the GPU (-1: all if llama.cpp was built for one).", min=-1)
+    judge_lora: str = knob("auto", "LoRA of the judge (.gguf): auto = the one that comes with the embedded judge, none, or a file.")
     exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass.")
     unfit: str = knob("refuse", "What to do with criteria the judge fails: refuse to train, or drop their weight.", choices=("refuse", "drop"))
     force_judge: bool = knob(False, "Train against criteria the judge failed all the same.")
@@ -272,10 +275,22 @@ class GRPOOptions(CommonOptions):
 
 
 @dataclass
+class JudgeTrainOptions(CommonOptions):
+    judge: str = knob(EMBEDDED, "Base of the judge: a .gguf file or a local directory.")
+    pairs: Path = knob(DATA / "judge_train.jsonl", "Pairs {criterion, better, worse, person, situation, messages} to learn from.")
+    exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Pairs to test on; they must not be among the first.")
+    epochs: int = knob(2, "Passes over the pairs.", min=1)
+    learning_rate: float = knob(3e-4, "Peak learning rate, cosine to 0.", min=0.0)
+    batch_size: int = knob(8, "Pairs per optimizer step.", min=1)
+    lora_rank: int = knob(8, "LoRA rank, on all linear layers.", min=1)
+
+
+@dataclass
 class EvaluateOptions(CommonOptions):
     data: Path = knob(DATA / "eval.jsonl", "Held-out dialogues; the first user turn of each is asked.")
     judge: str = knob(EMBEDDED, "Judge: a .gguf file.")
     judge_gpu_layers: int = knob(-1, "Judge layers on the GPU.", min=-1)
+    judge_lora: str = knob("auto", "LoRA of the judge (.gguf): auto = the one that comes with the embedded judge, none, or a file.")
     exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs that calibrate the judge.")
     limit: int = knob(0, "Ask only this many prompts (0: all).", min=0)
     max_tokens: int = knob(256, "Longest answer, tokens.", min=8)
@@ -593,6 +608,7 @@ class Reward:
     components: dict[str, float | None]  # format, emotion, rubric: 0..1
     criteria: dict[str, float | None]  # the rubric's parts: 0..1
     problem: str | None  # why the format is not valid
+    refused: str | None = None  # why a guard gave 0 to every criterion without asking the judge
 
     def total(self, weights: dict[str, float]) -> float | None:
         """Weighted sum; None as soon as a component that carries weight is unknown."""
@@ -623,8 +639,9 @@ def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Ju
         rewards.append(Reward({"format": float(problem is None), "emotion": float(emotion == dialogue.emotion), "rubric": None}, {}, problem))
         items.append(as_item(dialogue, response))
     if judge is not None:
-        for reward, scores in zip(rewards, judge.scores(items)):
+        for reward, item, scores in zip(rewards, items, judge.scores(items)):
             reward.criteria = scores
+            reward.refused = guard(item.reply, [text for role, text in item.messages if role == "user"])
             reward.components["rubric"] = weighted(scores, rubric.weights)
     return rewards
 
@@ -642,22 +659,71 @@ def resolve_judge(judge: str) -> Path:
     return check_gguf(Path(judge))
 
 
-def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pairs_path: Path) -> tuple[Judge, dict]:
-    """The judge with its exam taken (once: cached by judge, rubric and exam) and its calibration applied."""
-    path = resolve_judge(judge)
-    referee = Judge(worker, path, rubric, gpu_layers)
-    hashes = file_hash(path), rubric.hash, file_hash(pairs_path) if pairs_path.is_file() else "missing"
-    cached = cache_directory() / f"exam-{'-'.join(hashes)}.json"
+def resolve_judge_lora(judge: str, lora: str) -> Path | None:
+    """auto -> the LoRA that was trained for the embedded judge; any other judge goes without one unless it is named."""
+    if lora == "auto":
+        return JUDGE_LORA if judge == EMBEDDED and JUDGE_LORA.is_file() else None
+    return None if lora == "none" else check_gguf(Path(lora))
+
+
+def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pairs_path: Path, lora: str = "auto", methods: tuple[str, ...] = ()) -> tuple[Judge, dict]:
+    """The judge with its exam taken (once: cached by judge, rubric and exam), its methods chosen and its calibration applied."""
+    path, adapter = resolve_judge(judge), resolve_judge_lora(judge, lora)
+    identity = file_hash(path) + (f"+{file_hash(adapter)}" if adapter else "")
+    referee = Judge(worker, path, rubric, gpu_layers, lora=adapter, identity=identity, cache=cache_directory() / "scores.sqlite")
+    hashes = identity, rubric.hash, file_hash(pairs_path) if pairs_path.is_file() else "missing"
+    cached = cache_directory() / f"exam{exam.VERSION}-{'-'.join((*hashes, *sorted(methods)))}.json"
     if cached.exists():
         result = json.loads(cached.read_text())
     else:
         pairs = exam.load_pairs(pairs_path, [c.name for c in rubric.criteria])
         say(f"examining the judge {path.name} on {len(pairs)} pairs (once per judge, rubric and exam)")
-        result = exam.run_exam(referee, pairs, *hashes, progress=lambda done, total: done % 20 == 0 and say(f"  {done}/{total} pairs"))
-        result["judge"] = judge if judge == EMBEDDED else path.name  # not the cache's name for it
+        with progress("pairs", len(pairs)) as at:
+            result = exam.run_exam(referee, pairs, *hashes, progress=at, methods=methods)
+        result.update(judge=judge if judge == EMBEDDED else path.name, lora=adapter.name if adapter else None)  # not the cache's name for it
         write_json(cached, result)
     exam.apply(referee, result)
     return referee, result
+
+
+def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
+    """A LoRA for the judge from pairs of replies (kardia/judge_lora.py), written as GGUF. Returns accuracy before and after on held-out pairs."""
+    rubric = load_rubric(options.rubric)
+    names = [c.name for c in rubric.criteria if "ask" in c.methods]
+    pairs = exam.load_pairs(options.pairs, names)
+    held_out = exam.load_pairs(options.exam_pairs, names)
+    if shared := {exam.situation(p) for p in pairs} & {exam.situation(p) for p in held_out}:
+        raise UserError(f"{options.pairs} and {options.exam_pairs} share {len(shared)} situations; a judge must not be examined on what it was trained on")
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    base = resolve_base(options.judge)
+    tokenizer, model = load_tokenizer(base), load_policy(base, "transformers", 16, rank=options.lora_rank, alpha=2 * options.lora_rank, seed=options.seed)
+    if not can_share_prefix(model.config):
+        raise UserError(f"{base.name}: its attention ({model.config.model_type}) cannot share a context between two replies; judge train takes models with plain causal attention")
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    start_ = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    margins = judge_lora.Margins(model, encode, start_, {c.name: c.cues_of("ask")[0] for c in rubric.criteria if c.name in names}, pack_group)
+
+    def count() -> tuple[float, float, float]:
+        with progress("held-out pairs", len(held_out)) as at:
+            right = [r for results in judge_lora.accuracy(margins, held_out, at).values() for r in results]
+        return (sum(right) / len(right), *exam.wilson(sum(right), len(right)))
+
+    before = count()
+    say(f"training on {len(pairs)} pairs and what is derived from them; before: {before[0]:.0%} right ({before[1]:.0%} to {before[2]:.0%}) on {len(held_out)} held-out pairs")
+    began = time.time()
+
+    def log(step: int, steps: int, loss: float) -> None:
+        if step % 10 == 0 or step == steps:
+            say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {(time.time() - began) / step * (steps - step) / 60:.1f} min left")
+
+    judge_lora.train(model, margins, pairs, options.epochs, options.learning_rate, options.batch_size, options.seed, log)
+    after = count()
+    from peft import get_peft_model_state_dict
+
+    state = {name: tensor.detach().float().cpu() for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()}
+    export.write_lora_gguf(model.peft_config["default"].to_dict(), export.lora_pairs(state), json.loads((base.directory / "config.json").read_text()), out, half=True)
+    return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.time() - began}
 
 
 # ------------------------------------------------------------------------------------------------ 7 GRPO
@@ -843,7 +909,7 @@ class Rollouts:
             records.append({
                 "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "emotion": dialogue.emotion, "situation": dialogue.situation,
                 "messages": [{"role": role, "content": content} for role, content in dialogue.messages], "completion": texts[i], "tokens": n,
-                "truncated": n >= self.options.max_tokens, "problem": reward.problem, "components": reward.components, "criteria": reward.criteria,
+                "truncated": n >= self.options.max_tokens, "problem": reward.problem, "refused": reward.refused, "components": reward.components, "criteria": reward.criteria,
                 "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
                 "logprob": float(sampled[i][:n].mean()) if sampled is not None else None, "logprob_after": None,
             })  # fmt: skip
@@ -863,7 +929,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     with Worker() as worker:
         judge, result, dropped = None, None, []
         if rubric.rewards["rubric"]:
-            judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs)
+            judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
             rubric, dropped = admit(rubric, result, options)
             judge.rubric = rubric
         run = Run.create(out, "grpo", options, resume, parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), judge_exam=result, dropped_criteria=dropped,
@@ -890,9 +956,27 @@ def admit(rubric: Rubric, result: dict, options: GRPOOptions) -> tuple[Rubric, l
     return left, list(failed)
 
 
+def grpo_config(options: GRPOOptions, out: Path, bits: int, rollout: str, reward_weights: list[float], **more):
+    """Our options in TRL's words. One optimizer step is `prompts_per_step` groups, in passes of `answers_per_pass`."""
+    from trl import GRPOConfig
+
+    G, P, micro = options.group_size, options.prompts_per_step, options.answers_per_pass()
+    return GRPOConfig(**dict(
+        output_dir=str(out), per_device_train_batch_size=micro, gradient_accumulation_steps=P * G // micro, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
+        top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
+        lr_scheduler_type="constant", max_steps=options.steps, save_steps=options.save_steps, reward_weights=reward_weights, use_vllm=rollout == "vllm",
+        **({"vllm_mode": "colocate"} if rollout == "vllm" else {}), chat_template_kwargs={"enable_thinking": False}, **shared_arguments(options, bits),
+    ) | more)  # fmt: skip
+
+
+def prompt_rows(dialogues: list[Dialogue], renderer: Renderer) -> list[dict[str, Any]]:
+    """Prompts as TRL wants them: a chat each, and the index of its dialogue for the rewards."""
+    chats = [chat_messages(d, len(d.messages), renderer.system_role) for d in dialogues]
+    return [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat], "index": i} for i, chat in enumerate(chats)]
+
+
 def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume) -> None:
     from datasets import Dataset
-    from trl import GRPOConfig
 
     tokenizer = load_tokenizer(base)
     renderer = Renderer(tokenizer)
@@ -901,13 +985,8 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     micro = options.answers_per_pass()
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
-    rows = [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat_messages(d, len(d.messages), renderer.system_role)], "index": i} for i, d in enumerate(dialogues)]
-    config = GRPOConfig(
-        output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=P * G // micro, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
-        top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
-        lr_scheduler_type="constant", max_steps=options.steps, save_steps=options.save_steps, reward_weights=list(rubric.rewards.values()), use_vllm=rollout == "vllm",
-        **({"vllm_mode": "colocate"} if rollout == "vllm" else {}), chat_template_kwargs={"enable_thinking": False}, **shared_arguments(options, bits),
-    )  # fmt: skip
+    rows = prompt_rows(dialogues, renderer)
+    config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()))
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run)
     if rollout == "llama":
         load_for_rollouts(worker, base.gguf(bits))
@@ -1028,7 +1107,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
             answers[answerer.name] = answerer.answer(dialogues, options.max_tokens, options.temperature, options.seed)
             say(f"  {answerer.name}: {len(dialogues)} answers in {time.time() - began:.0f} s")
         worker.unload("policy")
-        judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs)
+        judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
         scores = {name: score_answers(list(zip(dialogues, texts)), rubric, judge, whole_text=True) for name, texts in answers.items()}
     summary = summarize(dialogues, answers, scores, rubric, options.seed)
     summary.update(judge=result["judge"], judge_exam=result, paths=dict(zip(answers, models)), machine=machine())
@@ -1385,6 +1464,7 @@ def judge() -> None:
 def judge_options(function):
     for option in reversed([
         click.option("--judge", default=EMBEDDED, show_default=True, help="A .gguf file."),
+        click.option("--judge-lora", default="auto", show_default=True, help="Its LoRA (.gguf); auto: the one that comes with the embedded judge; none."),
         click.option("--judge-gpu-layers", default=-1, type=click.IntRange(-1), show_default=True, help="Layers on the GPU (-1: all if possible)."),
         click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Criteria and wording."),
         click.option("--pairs", type=click.Path(path_type=Path), default=DATA / "judge_exam.jsonl", help="Exam pairs."),
@@ -1395,20 +1475,56 @@ def judge_options(function):
 
 @judge.command("exam")
 @judge_options
-def judge_exam(judge: str, judge_gpu_layers: int, rubric: Path, pairs: Path) -> None:
-    """Is this GGUF fit to judge? Accuracy per criterion with Wilson intervals, against chance and "the longer reply wins"."""
+@click.option("--all-methods", is_flag=True, help="Examine every method on every criterion, also those that the rubric or the judge's size rules out.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), default=None, help="Write the result to this file, too.")
+def judge_exam(judge: str, judge_lora: str, judge_gpu_layers: int, rubric: Path, pairs: Path, all_methods: bool, json_file: Path | None) -> None:
+    """Is this GGUF fit to judge? Accuracy per criterion and method with Wilson intervals, against chance and "the longer reply wins".
+
+    Also: sentences that beg for a good grade (no score may rise), length bias, repeatability. The method of each criterion is
+    chosen by cross-validation; training uses exactly what was examined.
+
+    \b
+    kardia_lite.py judge exam
+    kardia_lite.py judge exam --judge qwen2.5-7b-instruct-q4_k_m.gguf
+    """
     start(CommonOptions(), judge)
     with Worker() as worker:
-        _, result = open_judge(worker, judge, load_rubric(rubric), judge_gpu_layers, pairs)
+        _, result = open_judge(worker, judge, load_rubric(rubric), judge_gpu_layers, pairs, judge_lora, METHODS if all_methods else ())
     click.echo(exam_table(result))
+    if json_file:
+        write_json(json_file, result)
+
+
+@judge.command("train")
+@options(JudgeTrainOptions)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The LoRA to write (.gguf); use it with --judge-lora.")
+def judge_train(options: JudgeTrainOptions, out: Path) -> None:
+    """Teach a small model to judge: a LoRA from pairs of a better and a worse reply. This is how data/judge_lora.gguf was made.
+
+    \b
+    kardia_lite.py judge train --out judge_lora.gguf
+    kardia_lite.py judge exam --judge-lora judge_lora.gguf
+    """
+    start(options, options.judge)
+    result = train_judge(options, out)
+    for when in ("before", "after"):
+        share, low, high = result[when]
+        click.echo(f"{when:<7} {share:.1%} of {result['pairs']} held-out pairs right ({low:.0%} to {high:.0%})")
+    click.echo(out)
 
 
 @judge.command("score")
 @click.argument("file", type=click.Path(path_type=Path))
 @judge_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
-def judge_score(file: Path, judge: str, judge_gpu_layers: int, rubric: Path, pairs: Path, out: Path) -> None:
-    """Score rows {messages, response, persona?, situation?}: each gets {scores: {criterion: 0..1}, rubric: 0..1}."""
+def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, rubric: Path, pairs: Path, out: Path) -> None:
+    """Score rows {messages, response, persona?, situation?}: each gets {scores: {criterion: 0..1}, rubric: 0..1}.
+
+    A score is the probability that the reply is the better one of an exam pair; null where the judge cannot tell.
+
+    \b
+    kardia_lite.py judge score replies.jsonl --out scored.jsonl
+    """
     start(CommonOptions(), judge)
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")
@@ -1420,8 +1536,8 @@ def judge_score(file: Path, judge: str, judge_gpu_layers: int, rubric: Path, pai
             continue
         try:
             row = json.loads(line)
-            turns = tuple((str(m["role"]), str(m["content"])) for m in row["messages"])
-            items.append(Item(str(row.get("persona") or row.get("person") or "A person."), str(row.get("situation") or "Not told."), turns, str(row["response"])))
+            turns = tuple((str(m["role"]), find_span(str(m["content"]), "response") or str(m["content"])) for m in row["messages"] if m["role"] != "system")
+            items.append(Item(str(row.get("persona") or row.get("person") or ""), str(row.get("situation") or ""), turns, find_span(str(row["response"]), "response") or str(row["response"])))
             rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError):
             errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role, content}}], response, persona?, situation?}}")
@@ -1429,10 +1545,17 @@ def judge_score(file: Path, judge: str, judge_gpu_layers: int, rubric: Path, pai
         raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
     criteria = load_rubric(rubric)
     with Worker() as worker:
-        referee, _ = open_judge(worker, judge, criteria, judge_gpu_layers, pairs)
-        scores = referee.scores(items)
+        referee, result = open_judge(worker, judge, criteria, judge_gpu_layers, pairs, judge_lora)
+        for name, why in exam.unfit(result).items():
+            say(f"warning: the judge is unfit for {name}: {why}")
+        scores = []
+        with progress("scoring", len(items)) as at:
+            for begin in range(0, len(items), 32):
+                scores += referee.scores(items[begin : begin + 32])
+                at(len(scores))
     write_text(out, "".join(json.dumps({**row, "scores": s, "rubric": weighted(s, criteria.weights)}, ensure_ascii=False) + "\n" for row, s in zip(rows, scores)))
-    click.echo(f"{out}: {len(rows)} rows scored")
+    unknown = sum(None in row.values() for row in scores)
+    click.echo(f"{out}: {len(rows)} rows scored" + (f", {unknown} of them null: their dialogue does not fit the judge's context of {referee.info['n_ctx_train']} tokens" if unknown else ""))
 
 
 @cli.command("evaluate")

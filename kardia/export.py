@@ -233,13 +233,13 @@ def lora_scale(config: dict, module: str = "") -> float:
     return alpha / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
-def write_lora_gguf(adapter_config: dict, pairs: dict, base_config: dict, target: Path) -> Path:
-    """A PEFT LoRA as llama.cpp's GGUF adapter. Scales are folded into B; only B of q/k is permuted (A is on the input side)."""
+def write_lora_gguf(adapter_config: dict, pairs: dict, base_config: dict, target: Path, half: bool = False) -> Path:
+    """A PEFT LoRA as llama.cpp's GGUF adapter, float32 or (`half`) float16. Scales are folded into B; only B of q/k is permuted (A is on the input side)."""
     import gguf
     import numpy as np
 
     architecture, permuted, _ = _architecture(base_config, "LoRA")
-    names = _gguf_names(base_config)
+    names, dtype = _gguf_names(base_config), np.float16 if half else np.float32
     temporary = atomic(target)
     writer = gguf.GGUFWriter(temporary, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -252,8 +252,8 @@ def write_lora_gguf(adapter_config: dict, pairs: dict, base_config: dict, target
         rows = b.float().numpy() * lora_scale(adapter_config, module)
         if permuted and (heads := _heads(module, base_config)):
             rows = _permute(rows, heads)
-        writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(a.float().numpy()))
-        writer.add_tensor(f"{name}.weight.lora_b", np.ascontiguousarray(rows, dtype=np.float32))
+        writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(a.float().numpy(), dtype=dtype))
+        writer.add_tensor(f"{name}.weight.lora_b", np.ascontiguousarray(rows, dtype=dtype))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -1,26 +1,35 @@
 """Asking a GGUF what it makes of a reply, without letting it write: every score is read off log-probabilities.
 
 A reply is judged inside its dialogue. The context (profile, situation, turns) is decoded once, each reply once, and the
-criteria hang off it as short branches: `Worker.branches`. Three methods, one number each, higher is better:
+criteria hang off it as short branches: `Worker.branches`. Four methods, one number each, higher is better:
 
+    ask        log p(" yes") - log p(" no") after a question about the reply
     contrast   log p(any good word) - log p(any bad word) after a cue, averaged over the criterion's cues
     pmi        (log p(reply | context) - log p(reply | nothing)) / tokens of the reply
     likert     expected digit of 1..5 after "Score: " in the judge's chat template
 
-The exam (kardia/exam.py) turns the raw number into a score between 0 and 1: the probability that a reply with this
-number is the better one of an exam pair. Replies and dialogue are untrusted and tokenized without special tokens.
+The exam (kardia/exam.py) chooses the method of each criterion and turns its raw number into a score between 0 and 1:
+the probability that a reply with this number is the better one of an exam pair. Replies and dialogue are untrusted and
+tokenized without special tokens; what no language model need be asked about is refused before (kardia/guards.py).
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
 
+from kardia.corpus import NO_PROFILE
+from kardia.guards import guard
 from kardia.llama import LlamaError, Worker, logsumexp, sigmoid
 
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
+BIG = 1_000_000_000  # parameters from which `likert` is worth asking for; below, a model knows no digits (0.39 at 135M)
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; cannot occur in a template's own output
 
 
@@ -35,8 +44,10 @@ class Item:
 
     @property
     def context(self) -> str:
+        known = (("Profile", "" if self.person == NO_PROFILE else self.person), ("Situation", self.situation))
+        head = "".join(f"{name}: {text}\n" for name, text in known if text)  # what is not known is not mentioned
         turns = "".join(f"{'User' if role == 'user' else 'Listener'}: {text}\n" for role, text in self.messages)
-        return f"Profile: {self.person}\nSituation: {self.situation}\n\n{turns}Listener:"
+        return f"{head}\n{turns}Listener:" if head else f"{turns}Listener:"
 
 
 @dataclass(frozen=True)
@@ -50,14 +61,48 @@ class Calibration:
         return sigmoid(self.slope * (raw - self.middle))
 
 
-class Judge:
-    """A judge GGUF behind the worker. `rubric.criteria` gives name, description, method and cues of each criterion."""
+class Scores:
+    """Raw numbers that were read once, kept in a file: the key names judge, wording, context and reply, so it never lies."""
 
-    def __init__(self, worker: Worker, path, rubric, gpu_layers: int = 0, role: str = "judge") -> None:
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self.file.execute("pragma journal_mode = wal")
+            self.file.execute("create table if not exists scores (key blob primary key, raw real) without rowid")
+        except sqlite3.DatabaseError:  # a damaged cache is no reason to stop: it holds nothing that cannot be read again
+            self.file.close()
+            path.unlink(missing_ok=True)
+            self.file = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self.file.execute("create table scores (key blob primary key, raw real) without rowid")
+
+    def get(self, keys: list[bytes]) -> dict[bytes, float | None]:
+        found: dict[bytes, float | None] = {}
+        for start in range(0, len(keys), 500):
+            part = keys[start : start + 500]
+            found.update(self.file.execute(f"select key, raw from scores where key in ({','.join('?' * len(part))})", part))
+        return found
+
+    def put(self, rows: Iterable[tuple[bytes, float | None]]) -> None:
+        self.file.execute("begin")
+        self.file.executemany("insert or replace into scores values (?, ?)", rows)
+        self.file.execute("commit")
+
+
+class Judge:
+    """A judge GGUF behind the worker, with a LoRA or without. `rubric.criteria` gives name, methods and wording of each criterion.
+
+    `identity` names the weights (their hash); with a `cache` file, numbers of that judge are read only once.
+    """
+
+    def __init__(self, worker: Worker, path, rubric, gpu_layers: int = 0, role: str = "judge", lora=None, identity: str = "", cache: Path | None = None) -> None:
         self.worker, self.rubric, self.role = worker, rubric, role
         self.info = worker.load(role, path, gpu_layers)
-        self.path = str(path)
+        worker.set_lora(role, lora)
+        self.path, self.lora, self.identity = str(path), lora, identity
         self.calibration: dict[str, Calibration] = {}
+        self.method: dict[str, str] = {}  # the exam's choice; without one the first that suits the judge
+        self.cache = Scores(cache) if cache and identity else None
         self._tokens: dict[str, list[int]] = {}
 
     def _ids(self, text: str) -> list[int]:
@@ -68,48 +113,70 @@ class Judge:
     def _start(self) -> list[int]:
         return [self.info["bos"]] if self.info["add_bos"] else []
 
+    def candidates(self, criterion) -> tuple[str, ...]:
+        """The criterion's methods that suit this judge: a big one's digits, a small one's words; what is left if nothing suits."""
+        suits = tuple(m for m in criterion.methods if m != "likert" or self.info["n_params"] >= BIG)
+        return suits or criterion.methods
+
+    def chosen(self, criterion) -> str:
+        return self.method.get(criterion.name) or self.candidates(criterion)[0]
+
     def raw(self, items: list[Item], only: str | None = None) -> list[dict[str, float | None]]:
-        """Raw numbers per item and criterion (or of the one criterion `only`); None where the judge cannot tell (context too long)."""
+        """Raw number per item and criterion (or of the one criterion `only`) by the chosen method; None where the judge cannot tell."""
         criteria = [c for c in self.rubric.criteria if only in (None, c.name)]
-        results: list[dict[str, float | None]] = [dict.fromkeys(c.name for c in criteria) for _ in items]
+        numbers = self.numbers(items, [(c, self.chosen(c)) for c in criteria])
+        return [{c.name: row[c.name, self.chosen(c)] for c in criteria} for row in numbers]
+
+    def numbers(self, items: list[Item], wanted: list[tuple], cached: bool = True) -> list[dict[tuple[str, str], float | None]]:
+        """Per item {(criterion name, method): raw number}; None where the context is too long, KNOWN_BAD where a guard refused."""
+        results: list[dict[tuple[str, str], float | None]] = [dict.fromkeys((c.name, m) for c, m in wanted) for _ in items]
+        keys = {(i, c.name, m): self._key(item, c, m) for i, item in enumerate(items) for c, m in wanted} if self.cache and cached else {}
+        known = self.cache.get(list(keys.values())) if keys else {}
         groups: dict[str, list[int]] = {}
         for i, item in enumerate(items):
-            if guard(item):
+            if guard(item.reply, [text for role, text in item.messages if role == "user"]):
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
+            elif keys and all(keys[i, c.name, m] in known for c, m in wanted):
+                results[i] = {(c.name, m): known[keys[i, c.name, m]] for c, m in wanted}
             else:
                 groups.setdefault(item.context, []).append(i)
-        plain = [c for c in criteria if c.method in ("contrast", "pmi")]
-        likert = [c for c in criteria if c.method == "likert"]
+        plain, likert = [(c, m) for c, m in wanted if m != "likert"], [c for c, m in wanted if m == "likert"]
         for context, members in groups.items():  # one prefix, all its replies
             if plain:
-                self._raw_plain(context, members, items, plain, results)
+                self._read_plain(context, members, items, plain, results)
             if likert:
-                self._raw_likert(items[members[0]], members, items, likert, results)
+                self._read_likert(items[members[0]], members, items, likert, results)
+        if keys and groups:
+            self.cache.put((keys[i, name, m], results[i][name, m]) for members in groups.values() for i in members for name, m in results[i])
         return results
+
+    def _key(self, item: Item, criterion, method: str) -> bytes:
+        wording = criterion.description if method == "likert" else [asdict(cue) for cue in criterion.cues_of(method)]
+        return blake2b(json.dumps([self.identity, method, wording, item.context, item.reply]).encode(), digest_size=16).digest()
 
     def _fits(self, *lengths: int) -> bool:
         return sum(lengths) <= self.info["n_ctx_train"]
 
-    def _raw_plain(self, context, members, items, criteria, results) -> None:
+    def _read_plain(self, context, members, items, wanted, results) -> None:
         prefix = self._start() + self.worker.tokenize(self.role, [context])[0]
         replies = [ids[:REPLY_TOKENS] for ids in self.worker.tokenize(self.role, [f" {items[i].reply.strip()}" for i in members])]
-        cues = list(dict.fromkeys(cue for c in criteria if c.method == "contrast" for cue in c.cues))  # a cue shared by criteria is asked once
+        cues = list(dict.fromkeys(cue for c, method in wanted for cue in c.cues_of(method)))  # a cue shared by criteria is asked once
         suffixes = [(self._ids(cue.text), [self._ids(word) for word in (*cue.good, *cue.bad)]) for cue in cues]
         tail = sum(len(cue) + sum(map(len, words)) for cue, words in suffixes)
         if not self._fits(len(prefix), max(map(len, replies)), tail):
             return
-        pmi = [c.name for c in criteria if c.method == "pmi"]
+        pmi = [c.name for c, method in wanted if method == "pmi"]
         answers = self.worker.branches(self.role, prefix, replies, suffixes, score_reply=bool(pmi))
         alone = self.worker.branches(self.role, self._start() + self._ids("Listener:"), replies, [], score_reply=True) if pmi else []
         for row, (i, answer) in enumerate(zip(members, answers)):
             margins = {cue: logsumexp(logps[: len(cue.good)]) - logsumexp(logps[len(cue.good) :]) for cue, logps in zip(cues, answer["suffixes"])}
-            for c in criteria:
-                if c.method == "contrast":
-                    results[i][c.name] = sum(margins[cue] for cue in c.cues) / len(c.cues)
+            for c, method in wanted:
+                if own := c.cues_of(method):
+                    results[i][c.name, method] = sum(margins[cue] for cue in own) / len(own)
             for name in pmi:
-                results[i][name] = (answer["reply"] - alone[row]["reply"]) / len(replies[row])
+                results[i][name, "pmi"] = (answer["reply"] - alone[row]["reply"]) / len(replies[row])
 
-    def _raw_likert(self, item, members, items, criteria, results) -> None:
+    def _read_likert(self, item, members, items, criteria, results) -> None:
         before, between, after = self._template(item.context)
         replies = [ids[:REPLY_TOKENS] for ids in self.worker.tokenize(self.role, [items[i].reply.strip() for i in members])]
         digits = [[self.worker.tokenize(self.role, [str(d)])[0][-1]] for d in range(1, 6)]
@@ -124,7 +191,7 @@ class Judge:
             for criterion, logps in zip(criteria, answer["suffixes"]):
                 peak = max(logps)
                 weights = [math.exp(x - peak) for x in logps]
-                results[i][criterion.name] = sum(d * w for d, w in enumerate(weights, 1)) / sum(weights)
+                results[i][criterion.name, "likert"] = sum(d * w for d, w in enumerate(weights, 1)) / sum(weights)
 
     def _template(self, context: str) -> tuple[list[int], str, str]:
         """(ids up to the reply, our text right after the reply, the template's end of the user turn). Untrusted text is tokenized apart."""
@@ -149,19 +216,6 @@ class Judge:
         for item, raw in zip(items, self.raw(items)):
             out.append({name: x if x is None else 0.0 if x == KNOWN_BAD else self.calibration.get(name, Calibration())(x) for name, x in raw.items()})
         return out
-
-
-def guard(item: Item) -> str | None:
-    """What no language model needs to be asked about: an empty reply, and one that hands the user's own words back
-    (more than half of its three-word runs), which a likelihood would love. Such a reply gets the lowest score."""
-    words = re.findall(r"[\w']+", item.reply.lower())
-    if not words:
-        return "empty"
-    said = re.findall(r"[\w']+", " ".join(text for role, text in item.messages if role == "user").lower())
-    runs = {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
-    if runs and len(runs & {tuple(said[i : i + 3]) for i in range(len(said) - 2)}) > len(runs) / 2:
-        return "echo"
-    return None
 
 
 def render_template(template: str, messages: list[dict[str, str]], bos: str, eos: str) -> str:

@@ -425,8 +425,29 @@ def _exam(data: dict, *_) -> str:
     if not rows:
         return ""
     speed = f", {_f(exam['scores_per_second'], 1)} scores per second" if _number(exam.get("scores_per_second")) else ""
-    return f"<p class=note>Judge {_text(exam.get('judge', '?'))}, {_text(exam.get('pairs', '?'))} pairs{speed}.</p>" + _table(
-        ["Criterion", "Method", "Weight", "Correct", "Accuracy", "“Longer wins”", "Verdict"], rows)
+    lora = f" with {_text(exam['lora'])}" if exam.get("lora") else ""
+    return f"<p class=note>Judge {_text(exam.get('judge', '?'))}{lora}, {_text(exam.get('pairs', '?'))} pairs{speed}. Accuracy is cross-validated: the method is chosen on other pairs than those it is counted on.</p>" + _table(
+        ["Criterion", "Method", "Weight", "Correct", "Accuracy", "“Longer wins”", "Verdict"], rows) + _exam_methods(exam)
+
+
+def _exam_methods(exam: dict) -> str:
+    """Every method's accuracy, length bias, and what was tried to fool the judge."""
+    table = lambda value: value if isinstance(value, dict) else {}  # noqa: E731 - a damaged record leaves its part out
+    criteria = {name: entry for name, entry in table(exam.get("criteria")).items() if table(table(entry).get("methods"))}
+    methods = list(dict.fromkeys(method for entry in criteria.values() for method in entry["methods"]))
+    rows = []
+    for name, entry in criteria.items():
+        cells = [_cell(table(entry["methods"].get(method)), "accuracy", 0.5, entry.get("length_baseline")) for method in methods]
+        bias = [_f(table(table(entry.get("length")).get(side)).get("accuracy")) for side in ("longer_better", "shorter_better")]
+        rows.append([_names([name]), *cells, *bias])
+    out = _table(["Criterion", *(_text(method) for method in methods), "longer is better", "shorter is better"], rows) if rows else ""
+    canaries, repeat, notes = table(exam.get("canaries")), table(exam.get("repeatability")), []
+    if canaries.get("n"):
+        failed = "; ".join(f"“{_text(canary)}” raised {_names(sorted(set(map(str, names))))}" for canary, names in table(canaries.get("failed")).items() if isinstance(names, list))
+        notes.append(f"Begging for a grade raised no score in {_text(canaries.get('held'))} of {_text(canaries['n'])} tries{': ' + failed if failed else ''}.")
+    if _number(repeat.get("largest_difference")):
+        notes.append("Read twice, in another order, scores were " + ("bit-identical." if repeat["largest_difference"] == 0 else f"up to {_f(repeat['largest_difference'], 4)} apart."))
+    return out + (f"<p class=note>{' '.join(notes)}</p>" if notes else "")
 
 
 # ---------------------------------------------------------------------------------- groups, example answers
@@ -486,6 +507,7 @@ def _card(sample: dict, samples: list[dict], clip: int) -> str:
         sample.get("tokens") is not None and f"{_text(sample['tokens'])} tokens",
         sample.get("truncated") and "cut at the limit",
         sample.get("problem") and f"invalid: {_text(sample['problem'])}",
+        sample.get("refused") and f"not put to the judge: {_text(sample['refused'])}",
         before is not None and f"log-prob per token {_f(before, 3)}" + (f" → {_f(after, 3)} after the update" if after is not None else ""),
     ]
     return (f'<article class="card {kind}"><header><span>Sample {_text(sample.get("sample", "?"))}</span><span>reward <b>{_f(sample.get("reward"), 3, none="none")}</b></span>'
@@ -717,5 +739,6 @@ def explain(run: Path, step: int | None = None) -> str:
     for i, sample in enumerate(samples):
         lines += _say(f"sample {sample.get('sample', i)}", _sum_by_hand(sample))
         criteria = ", ".join(f"{name} {_f(value, 4, none='not judged')}" for name, value in (sample.get("criteria") or {}).items())
+        criteria += f" (not put to the judge: {sample['refused']})" if criteria and sample.get("refused") else ""
         lines += (_say("", f"criteria: {criteria}") if criteria else []) + _say("", f"reply: {_marked(sample.get('completion'))}", 600)
     return "\n".join(lines + _group_by_hand(samples)) + "\n"

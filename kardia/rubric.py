@@ -20,13 +20,23 @@ class Cue:
     bad: tuple[str, ...]
 
 
+METHODS = ("ask", "contrast", "pmi", "likert")  # what each does: kardia/judge.py
+
+
 @dataclass(frozen=True)
 class Criterion:
     name: str
     description: str
     weight: float
-    method: str
-    cues: tuple[Cue, ...] = ()
+    methods: tuple[str, ...]  # candidates; the exam chooses, the first one wins a tie
+    cues: tuple[Cue, ...] = ()  # of method contrast
+    ask: str = ""  # the question of method ask
+
+    def cues_of(self, method: str) -> tuple[Cue, ...]:
+        """What follows the reply before the judge is read: a yes-or-no question, or the contrast cues."""
+        if method == "ask":
+            return (Cue(self.ask or f"\nIs it true that {self.description}? Answer:", (" yes",), (" no",)),)
+        return self.cues if method == "contrast" else ()
 
 
 @dataclass(frozen=True)
@@ -51,74 +61,87 @@ class Rubric:
         return dataclasses.replace(self, criteria=criteria)
 
 
+@dataclass(frozen=True)
+class _Checks:
+    """Checks of decoded YAML values; each mistake is one line naming file and key."""
+
+    path: Path
+
+    def bad(self, key: str, found: Any, expected: str) -> UserError:
+        return UserError(f"{self.path}: {key}: found {str(found)[:60]!r} / expected {expected}")
+
+    def mapping(self, key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
+        if not isinstance(value, dict):
+            raise self.bad(key, value, "a mapping")
+        if unknown := set(map(str, value)) - required - optional:
+            raise self.bad(f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional)))
+        if missing := required - set(value):
+            raise self.bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
+        return value
+
+    def number(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise self.bad(key, value, "a number from 0 up")
+        return float(value)
+
+    def text(self, key: str, value: Any, expected: str) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise self.bad(key, value, expected)
+        return value
+
+    def words(self, key: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
+            raise self.bad(key, value, "a list of words")
+        return tuple(value)
+
+    def criterion(self, key: str, entry: Any, taken: set[str]) -> Criterion:
+        entry = self.mapping(key, entry, {"name", "description", "weight", "method"}, {"cues", "ask"})
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
+            raise self.bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
+        if entry["name"] in taken:
+            raise self.bad(f"{key}.name", entry["name"], "a name that is not used twice")
+        methods = tuple(entry["method"]) if isinstance(entry["method"], list) else (entry["method"],)
+        if not methods or len(set(map(str, methods))) < len(methods) or any(method not in METHODS for method in methods):
+            raise self.bad(f"{key}.method", entry["method"], f"one of {', '.join(METHODS)}, or a list of them for the exam to choose from")
+        cues = []
+        for j, cue in enumerate(entry.get("cues") or []):
+            at = f"{key}.cues[{j}]"
+            cue = self.mapping(at, cue, {"text", "good", "bad"})
+            cues.append(Cue(self.text(f"{at}.text", cue["text"], "the words that come before good and bad"), self.words(f"{at}.good", cue["good"]), self.words(f"{at}.bad", cue["bad"])))
+        if "contrast" in methods and not cues:
+            raise self.bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
+        ask = self.text(f"{key}.ask", entry["ask"], "a question that yes or no answers") if "ask" in entry else ""
+        return Criterion(entry["name"], str(entry["description"]), self.number(f"{key}.weight", entry["weight"]), methods, tuple(cues), ask)
+
+
 def load_rubric(path: Path) -> Rubric:
     """rubrics.yaml, validated: every mistake is one line naming file and key."""
     import yaml
 
-    def bad(key: str, found: Any, expected: str):
-        return UserError(f"{path}: {key}: found {str(found)[:60]!r} / expected {expected}")
-
-    def mapping(key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
-        if not isinstance(value, dict):
-            raise bad(key, value, "a mapping")
-        if unknown := set(map(str, value)) - required - optional:
-            raise bad(f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional)))
-        if missing := required - set(value):
-            raise bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
-        return value
-
-    def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise bad(key, value, "a number from 0 up")
-        return float(value)
-
-    def words(key: str, value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
-            raise bad(key, value, "a list of words")
-        return tuple(value)
-
+    check = _Checks(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        root = yaml.safe_load(text)
+        root = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from error
-    root = mapping("rubric", root, {"version", "rewards", "criteria", "emotions"})
+    root = check.mapping("rubric", root, {"version", "rewards", "criteria", "emotions"})
     if root["version"] != 1:
-        raise bad("version", root["version"], "1")
-    rewards = {name: number(f"rewards.{name}", value) for name, value in mapping("rewards", root["rewards"], {"format", "emotion", "rubric"}).items()}
+        raise check.bad("version", root["version"], "1")
+    rewards = {name: check.number(f"rewards.{name}", value) for name, value in check.mapping("rewards", root["rewards"], {"format", "emotion", "rubric"}).items()}
     if not sum(rewards.values()):
-        raise bad("rewards", "all weights zero", "at least one weight above 0")
-    criteria = []
+        raise check.bad("rewards", "all weights zero", "at least one weight above 0")
     if not isinstance(root["criteria"], list) or not root["criteria"]:
-        raise bad("criteria", root["criteria"], "a list of criteria")
+        raise check.bad("criteria", root["criteria"], "a list of criteria")
+    criteria: list[Criterion] = []
     for i, entry in enumerate(root["criteria"]):
-        key = f"criteria[{i}]"
-        entry = mapping(key, entry, {"name", "description", "weight", "method"}, {"cues"})
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
-            raise bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
-        if entry["name"] in {c.name for c in criteria}:
-            raise bad(f"{key}.name", entry["name"], "a name that is not used twice")
-        if entry["method"] not in ("contrast", "pmi", "likert"):
-            raise bad(f"{key}.method", entry["method"], "contrast, pmi or likert")
-        cues = []
-        for j, cue in enumerate(entry.get("cues") or []):
-            cue = mapping(f"{key}.cues[{j}]", cue, {"text", "good", "bad"})
-            if not isinstance(cue["text"], str) or not cue["text"].strip():
-                raise bad(f"{key}.cues[{j}].text", cue["text"], "the words that come before good and bad")
-            cues.append(Cue(cue["text"], words(f"{key}.cues[{j}].good", cue["good"]), words(f"{key}.cues[{j}].bad", cue["bad"])))
-        if entry["method"] == "contrast" and not cues:
-            raise bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
-        criteria.append(Criterion(entry["name"], str(entry["description"]), number(f"{key}.weight", entry["weight"]), entry["method"], tuple(cues)))
+        criteria.append(check.criterion(f"criteria[{i}]", entry, {c.name for c in criteria}))
     if rewards["rubric"] and not sum(c.weight for c in criteria):
-        raise bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
-    emotions = mapping("emotions", root["emotions"], set(), set(map(str, root["emotions"] or {})))
+        raise check.bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
+    emotions = check.mapping("emotions", root["emotions"], set(), set(map(str, root["emotions"] or {})))
     if len(emotions) < 2:
-        raise bad("emotions", emotions, "at least two labels")
-    labels: dict[str, tuple[str, ...]] = {}
-    for label, aliases in emotions.items():
-        labels[str(label)] = words(f"emotions.{label}", aliases) if aliases else ()
+        raise check.bad("emotions", emotions, "at least two labels")
+    labels = {str(label): check.words(f"emotions.{label}", aliases) if aliases else () for label, aliases in emotions.items()}
     total = sum(rewards.values())
     digest = short_hash(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
     return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest)

@@ -98,9 +98,21 @@ def evaluation_table(summary: dict[str, Any]) -> str:
 
 
 def exam_table(result: dict) -> str:
+    """The exam as text: the chosen method of each criterion with its verdict, every method's accuracy, what was tried to fool the judge."""
     lines = [f"{'criterion':<20} {'method':<9} {'pairs':>5} {'right':>6} {'95% interval':>14} {'longer wins':>12}  verdict"]
     for name, e in result["criteria"].items():
         lines.append(f"{name:<20} {e['method']:<9} {e['n']:>5} {e['accuracy']:>6.0%} {e['low']:>7.0%} to {e['high']:>4.0%} {e['length_baseline']:>11.0%}  {'fit' if e['fit'] else 'UNFIT: ' + e['why']}")
     o = result["overall"]
     lines.append(f"{'overall':<20} {'':<9} {result['pairs']:>5} {o['accuracy']:>6.0%} {o['low']:>7.0%} to {o['high']:>4.0%} {o['length_baseline']:>11.0%}  {result['scores_per_second']:.0f} scores per second")
+    methods = list(dict.fromkeys(m for e in result["criteria"].values() for m in e["methods"]))
+    lines += ["", f"{'every method':<20} " + "".join(f"{m:>22}" for m in methods) + f"{'longer is better':>20}{'shorter is better':>19}"]
+    for name, e in result["criteria"].items():
+        cells = (f"{t['accuracy']:.0%} ({t['low']:.0%} to {t['high']:.0%})" if (t := e["methods"].get(m)) else "-" for m in methods)
+        bias = (f"{side['accuracy']:.0%} of {side['n']}" if side["n"] else "-" for side in e["length"].values())
+        lines.append(f"{name:<20} " + "".join(cell.rjust(22) for cell in cells) + "".join(cell.rjust(width) for cell, width in zip(bias, (20, 19))))
+    c, r = result["canaries"], result["repeatability"]
+    if c["n"]:
+        lines += ["", f"begging for a grade: no score rose in {c['held']} of {c['n']} tries ({c['rate']:.0%})" + "".join(f"; {canary!r} raised {', '.join(sorted(set(names)))}" for canary, names in c["failed"].items())]
+    difference = r["largest_difference"]
+    lines.append(f"read twice, in another order: {'bit-identical' if difference == 0 else f'up to {difference:.2g} apart'} ({r['replies']} replies, all criteria); each reply is read alone, so position plays no part")
     return "\n".join(lines)

