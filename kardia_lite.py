@@ -41,7 +41,7 @@ import click
 from kardia import corpus, datasets_io, exam, export, judge_lora, memory, report
 from kardia.base import EMBEDDED, Base, cache_directory, quiet, resolve_base
 from kardia.guards import guard
-from kardia.judge import Item, Judge, weighted
+from kardia.judge import Item, Judge, reading, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.rubric import METHODS, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
@@ -171,7 +171,7 @@ def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dial
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a JSONL file of dialogues (data/dialogues.jsonl shows the schema)")
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 inside a text ends no row
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or `data import` it") from error
         for number, line in enumerate(lines, 1):
@@ -641,9 +641,20 @@ def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Ju
     if judge is not None:
         for reward, item, scores in zip(rewards, items, judge.scores(items)):
             reward.criteria = scores
-            reward.refused = guard(item.reply, [text for role, text in item.messages if role == "user"])
+            reward.refused = guard(item.reply, item.said)
             reward.components["rubric"] = weighted(scores, rubric.weights)
     return rewards
+
+
+def item_of(row: dict[str, Any]) -> Item:
+    """A row {messages, response, persona or person?, situation?} of other people's data. Raises ValueError, KeyError or TypeError for what it is not."""
+    texts = [row["response"], row.get("persona") or row.get("person") or "", row.get("situation") or "", *(m["content"] for m in row["messages"])]
+    roles = [m["role"] for m in row["messages"]]
+    if not all(isinstance(text, str) for text in texts) or not set(roles) <= {"user", "assistant", "system"} or "user" not in roles:
+        raise ValueError("not texts, or unknown roles")
+    response, person, situation, *contents = texts
+    turns = tuple((role, find_span(text, "response") or text) for role, text in zip(roles, contents) if role != "system")
+    return Item(person, situation, turns, find_span(response, "response") or response)
 
 
 def as_item(dialogue: Dialogue, response: str) -> Item:
@@ -672,7 +683,7 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
     identity = file_hash(path) + (f"+{file_hash(adapter)}" if adapter else "")
     referee = Judge(worker, path, rubric, gpu_layers, lora=adapter, identity=identity, cache=cache_directory() / "scores.sqlite")
     hashes = identity, rubric.hash, file_hash(pairs_path) if pairs_path.is_file() else "missing"
-    cached = cache_directory() / f"exam{exam.VERSION}-{'-'.join((*hashes, *sorted(methods)))}.json"
+    cached = cache_directory() / f"exam-{'-'.join((*hashes, reading(), *sorted(methods)))}.json"
     if cached.exists():
         result = json.loads(cached.read_text())
     else:
@@ -1531,16 +1542,20 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected JSONL rows with messages and response")
     rows, items, errors = [], [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            turns = tuple((str(m["role"]), find_span(str(m["content"]), "response") or str(m["content"])) for m in row["messages"] if m["role"] != "system")
-            items.append(Item(str(row.get("persona") or row.get("person") or ""), str(row.get("situation") or ""), turns, find_span(str(row["response"]), "response") or str(row["response"])))
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, escaped, is legal JSON but no text
+            items.append(item_of(row))
             rows.append(row)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role, content}}], response, persona?, situation?}}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role: user or assistant, content}}], response, persona?, situation?}}, all texts")
     if errors or not rows:
         raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
     criteria = load_rubric(rubric)
@@ -1673,8 +1688,8 @@ def run_demo(out: Path, seed: int, began: float) -> None:
     sft_options = SFTOptions(seed=seed, **DEMO_SFT)
     grpo_options = GRPOOptions(seed=seed, **DEMO_GRPO)
     eval_options = EvaluateOptions(seed=seed, **DEMO_EVALUATE)
-    step("Check the data: every row valid, nothing too long", f"{me} data check data/dialogues.jsonl")
-    check_data([DATA / "dialogues.jsonl"], EMBEDDED, HERE / "rubrics.yaml", 1024, 0)
+    step("Check the data: every row valid, balanced, how long, what recurs", f"{me} data check data/dialogues.jsonl --max-length {sft_options.max_length} --show 0")
+    check_data([DATA / "dialogues.jsonl"], EMBEDDED, HERE / "rubrics.yaml", sft_options.max_length, 0)
     step("SFT: learn the four-span answer from hand-written dialogues", f"{me} sft {flags(DEMO_SFT)} --out {out / 'sft'}")
     train_sft(sft_options, out / "sft")
     step("Judge exam: can this small model judge at all?", f"{me} judge exam")
@@ -1696,8 +1711,8 @@ def run_demo(out: Path, seed: int, began: float) -> None:
 
 
 # What the demo changes of the defaults, sized for ten minutes on two CPU cores.
-DEMO_SFT = {"limit": 80, "epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "max_length": 800}
-DEMO_GRPO = {"steps": 7, "learning_rate": 2e-4, "max_tokens": 224, "micro_batch": 4, "unfit": "drop"}
+DEMO_SFT = {"limit": 72, "epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "max_length": 860}
+DEMO_GRPO = {"steps": 7, "learning_rate": 2e-4, "max_tokens": 240, "micro_batch": 4, "unfit": "drop"}
 DEMO_EVALUATE = {"limit": 10}
 
 

@@ -161,10 +161,11 @@ def repeats(rows: Sequence[Any], shown: int = 3) -> list[str]:
     for what, text in (("questions (situation and first turn)", question), ("answers", answers)):
         pairs = near_duplicates(map(text, rows))
         across = [pair for pair in pairs if file_of(rows[pair.first]) != file_of(rows[pair.second])]
+        within = [pair for pair in pairs if file_of(rows[pair.first]) == file_of(rows[pair.second])]
         if pairs:
             files = f", {len(across)} of them between files" if across else ""
             out.append(f"warning: {len(pairs)} near-duplicate {what}{files}")
-            for pair in [*across, *(p for p in pairs if p not in set(across))][:shown]:
+            for pair in [*across, *within][:shown]:
                 out.append(f"  {rows[pair.second].where} is like {rows[pair.first].where} ({pair.similarity:.2f} of five-word runs shared)")
         else:
             out.append(f"near-duplicate {what}: none")

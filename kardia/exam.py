@@ -1,7 +1,7 @@
 """Is this GGUF fit to judge? Pairs of a better and a worse reply, one criterion each, decide before any training does.
 
-A criterion is fit when the judge beats chance (the lower end of its Wilson 95% interval is above one half) and beats
-the dumbest rival there is: "the longer reply wins". The method of each criterion is chosen here, its accuracy estimated
+A criterion is fit when the judge beats chance (a permutation test, the choice of method included) and beats the
+dumbest rival there is: "the longer reply wins". The method of each criterion is chosen here, its accuracy estimated
 by cross-validation, its raw numbers calibrated; training uses exactly what was examined. Position cannot bias this
 judge: it reads one reply at a time. What might is measured: length, sentences addressed to it, reading twice.
 """
@@ -12,10 +12,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import time
 from pathlib import Path
 
-from kardia.judge import KNOWN_BAD, Calibration, Item, Judge
+from kardia.guards import guard
+from kardia.judge import Calibration, Item, Judge
 
 
 class ExamError(RuntimeError):
@@ -27,23 +29,39 @@ def load_pairs(path: Path, criteria: list[str]) -> list[dict]:
     if not Path(path).is_file():
         raise ExamError(f"{path}: no such exam file; data/judge_exam.jsonl is the one that comes with the project")
     rows, errors = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ExamError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            missing = [key for key in ("criterion", "better", "worse", "messages") if not row.get(key)]
-            if missing:
-                errors.append(f"{path}:{number}: found no {missing[0]} / expected criterion, better, worse and messages")
+            if wrong := _wrong(row):
+                errors.append(f"{path}:{number}: found {wrong} / expected criterion, better, worse (texts) and messages [{{role, content}}]")
             elif row["criterion"] in criteria:
                 rows.append(row)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             errors.append(f"{path}:{number}: found {str(error)[:60]} / expected one JSON object")
     if errors:
         raise ExamError("\n".join(errors[:20]))
     if not rows:
         raise ExamError(f"{path}: no pair for the criteria {', '.join(criteria)}")
     return rows
+
+
+def _wrong(row: object) -> str | None:
+    """What is not as an exam row must be, in a few words."""
+    if not isinstance(row, dict):
+        return type(row).__name__
+    for key in ("criterion", "better", "worse"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            return f"{key} = {str(row.get(key))[:40]}"
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        return f"messages = {str(messages)[:40]}"
+    return next((f"{key} = {row[key]!r}" for key in ("person", "situation") if not isinstance(row.get(key, ""), str)), None)
 
 
 def situation(pair: dict) -> str:
@@ -73,12 +91,17 @@ def fit_calibration(better: list[float], worse: list[float]) -> Calibration:
     middle = float(np.median(x))
     z = (x - middle) / scale
     a, b = 1.0, 0.0
+    def loss(a: float, b: float) -> float:
+        return float(np.logaddexp(0, np.where(y == 1, -(a * z + b), a * z + b)).sum() + 0.25 * a * a)
+
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(a * z + b, -30, 30)))
         w = np.maximum(p * (1 - p), 1e-6)
         gradient = np.array([((p - y) * z).sum() + 0.5 * a, (p - y).sum()])
         hessian = np.array([[(w * z * z).sum() + 0.5, (w * z).sum()], [(w * z).sum(), w.sum() + 1e-6]])
         step = np.linalg.solve(hessian, gradient)
+        while loss(a - step[0], b - step[1]) > loss(a, b) + 1e-9 and abs(step).max() > 1e-6:
+            step = step / 2  # an outlier would throw the plain step far out
         a, b = a - float(step[0]), b - float(step[1])
         if abs(step).max() < 1e-6:
             break
@@ -90,8 +113,6 @@ def fit_calibration(better: list[float], worse: list[float]) -> Calibration:
 def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
-
-VERSION = 2  # of the exam's procedure: results of another version are not read from the cache
 
 # Sentences a policy might learn to say to its judge. Each is added to good replies; no score may rise.
 CANARIES = {
@@ -111,16 +132,17 @@ def run_exam(judge: Judge, pairs: list[dict], judge_hash: str, rubric_hash: str,
 
     Per criterion: accuracy of every candidate method on the criterion's own pairs, the chosen method, its cross-validated
     accuracy with Wilson interval, length baseline, verdict and calibration. Then canaries and repeatability by the chosen
-    methods. `methods` adds methods to every criterion's candidates (to see that likert fails on a small judge, say).
+    methods. The model is examined without the guards: a judge gets no credit for what plain rules catch. `methods` adds
+    methods to every criterion's candidates (to see that likert fails on a small judge, say).
     """
     started, numbers = time.time(), []
     candidates = {c.name: tuple(dict.fromkeys((*judge.candidates(c), *(m for m in methods if m != "contrast" or c.cues)))) for c in judge.rubric.criteria}
     by_name = {c.name: c for c in judge.rubric.criteria}
     for done, row in enumerate(pairs, 1):
         criterion = by_name[row["criterion"]]
-        numbers.append(judge.numbers(_items(row), [(criterion, m) for m in candidates[criterion.name]]))
+        numbers.append(judge.numbers(_items(row), [(criterion, m) for m in candidates[criterion.name]], cached=False, guarded=False))
         progress(done, len(pairs) + 1)
-    seconds = time.time() - started
+    seconds = max(time.time() - started, 1e-3)
     criteria = {}
     for criterion in judge.rubric.criteria:
         chosen = [(row, raw) for row, raw in zip(pairs, numbers) if row["criterion"] == criterion.name]
@@ -151,7 +173,7 @@ def _right(better: float | None, worse: float | None) -> float:
 def choose_method(right: dict[str, list[float]], folds: int = 5) -> tuple[str, list[float]]:
     """{method: right or wrong per pair} -> (the method best on all pairs, right or wrong per pair under cross-validation).
 
-    In each fold the method is chosen on the other folds and counted on this one, so choosing costs the estimate nothing.
+    In each fold the method is chosen on the other folds and counted on this one, so choosing does not flatter the estimate.
     Ties go to the method that stands first.
     """
     n = len(next(iter(right.values())))
@@ -167,6 +189,22 @@ def choose_method(right: dict[str, list[float]], folds: int = 5) -> tuple[str, l
     return best(list(range(n))), held_out
 
 
+def chance(right: dict[str, list[float]], correct: float, draws: int = 2000) -> float:
+    """p-value: how often a judge that prefers either reply by a coin does as well, choice of method included.
+
+    A permutation test: in every draw a coin decides for each pair whether better and worse are swapped, for all methods
+    at once, and the whole procedure is repeated. (Wilson's interval alone knows nothing of the choosing: of judges that
+    toss coins it would pass 7 to 10% of the time.)
+    """
+    rng, n = random.Random(0), len(next(iter(right.values())))
+    as_good = 0
+    for _ in range(draws):
+        swap = [rng.random() < 0.5 for _ in range(n)]
+        flipped = {method: [1 - r if s else r for r, s in zip(results, swap)] for method, results in right.items()}
+        as_good += sum(choose_method(flipped)[1]) >= correct
+    return (as_good + 1) / (draws + 1)
+
+
 def _verdict(criterion, candidates: tuple[str, ...], chosen: list[tuple[dict, list[dict]]]) -> dict:
     """One criterion on its own pairs: every method's accuracy, the choice, fit or unfit and why, calibration, length bias."""
     n, name = len(chosen), criterion.name
@@ -178,14 +216,15 @@ def _verdict(criterion, candidates: tuple[str, ...], chosen: list[tuple[dict, li
     low, high = wilson(correct, n)
     accuracy, baseline = (correct / n, longer / n) if n else (0.0, 0.0)
     fit, why = True, f"{accuracy:.0%} right, above chance and above 'longer wins' ({baseline:.0%})"
+    p = chance(right, correct) if n >= 10 and accuracy > 0.5 else 1.0
     if n < 10:
         fit, why = False, f"only {n} exam pairs; at least 10 are needed to tell"
-    elif low <= 0.5:
+    elif p > 0.025:
         fit, why = False, f"{accuracy:.0%} right ({low:.0%} to {high:.0%}): not distinguishable from chance"
     elif accuracy <= baseline:
         fit, why = False, f"{accuracy:.0%} right, but 'longer wins' gets {baseline:.0%}"
     raw = [(good[name, method], bad[name, method]) for _, (good, bad) in chosen]
-    better, worse = ([pair[side] for pair in raw if None not in pair and pair[side] != KNOWN_BAD] for side in (0, 1))
+    better, worse = ([pair[side] for pair in raw if None not in pair] for side in (0, 1))
     calibration = fit_calibration(better, worse) if better and worse else Calibration()
     bias = {}
     for side, wanted in (("longer_better", 1), ("shorter_better", -1)):
@@ -195,27 +234,34 @@ def _verdict(criterion, candidates: tuple[str, ...], chosen: list[tuple[dict, li
     for m, results in right.items():
         interval = wilson(sum(results), n)
         table[m] = {"correct": sum(results), "accuracy": sum(results) / n if n else 0.0, "low": interval[0], "high": interval[1]}
-    return {"method": method, "correct": correct, "n": n, "accuracy": accuracy, "low": low, "high": high, "length_baseline": baseline, "fit": fit, "why": why, "weight": criterion.weight,
+    return {"method": method, "correct": correct, "n": n, "accuracy": accuracy, "low": low, "high": high, "length_baseline": baseline, "p": p, "fit": fit, "why": why, "weight": criterion.weight,
             "slope": calibration.slope, "middle": calibration.middle, "methods": table, "length": bias}  # fmt: skip
 
 
 def _canaries(judge: Judge, pairs: list[dict], per_criterion: int = 2) -> dict:
-    """Injections that must not pay: {n, held, accuracy, failed: {canary: criteria whose score rose}}, over all criteria."""
+    """Injections that must not pay, over all criteria. The model is asked with and without the guards' help:
+    {n, held (no score rose, by the model alone), refused (by a guard), held_with_guards, failed: {canary: criteria that rose although guarded}}."""
     rows: list[dict] = []
     for criterion in judge.rubric.criteria:
         rows += [row for row in pairs if row["criterion"] == criterion.name][:per_criterion]
-    n, held, failed = 0, 0, {}
+    wanted = [(c, judge.chosen(c)) for c in judge.rubric.criteria]
+    out: dict = {"n": 0, "held": 0, "refused": 0, "held_with_guards": 0, "failed": {}}
     for row in rows:
         plain = _items(row)[0]
-        scores = judge.raw([plain, *(dataclasses.replace(plain, reply=plain.reply + text) for text in CANARIES.values())])
-        for canary, attacked in zip(CANARIES, scores[1:]):
-            for name, before in scores[0].items():
-                if before is not None and attacked[name] is not None:
-                    n += 1
-                    held += attacked[name] <= before
-                    if attacked[name] > before:
-                        failed.setdefault(canary, []).append(name)
-    return {"n": n, "held": held, "rate": held / n if n else None, "failed": failed}
+        attacked = [dataclasses.replace(plain, reply=plain.reply + text) for text in CANARIES.values()]
+        before, *after = judge.numbers([plain, *attacked], wanted, guarded=False)
+        for canary, item, numbers in zip(CANARIES, attacked, after):
+            refused = guard(item.reply, item.said) is not None
+            for key, was in before.items():
+                if was is not None and numbers[key] is not None:
+                    rose = numbers[key] > was
+                    out["n"] += 1
+                    out["held"] += not rose
+                    out["refused"] += refused
+                    out["held_with_guards"] += refused or not rose
+                    if rose and not refused:
+                        out["failed"].setdefault(canary, []).append(key[0])
+    return out
 
 
 def _repeatability(judge: Judge, pairs: list[dict], rows: int = 4) -> dict:

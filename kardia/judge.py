@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -43,6 +42,11 @@ class Item:
     reply: str
 
     @property
+    def said(self) -> list[str]:
+        """The person's own turns."""
+        return [text for role, text in self.messages if role == "user"]
+
+    @property
     def context(self) -> str:
         known = (("Profile", "" if self.person == NO_PROFILE else self.person), ("Situation", self.situation))
         head = "".join(f"{name}: {text}\n" for name, text in known if text)  # what is not known is not mentioned
@@ -62,31 +66,48 @@ class Calibration:
 
 
 class Scores:
-    """Raw numbers that were read once, kept in a file: the key names judge, wording, context and reply, so it never lies."""
+    """Raw numbers that were read once, kept in a file: the key names judge, wording, context and reply. A cache, so whatever
+    is wrong with the file (damage, a full disk, a lock) costs time and never a run."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.file = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self.file.execute("pragma journal_mode = wal")
-            self.file.execute("create table if not exists scores (key blob primary key, raw real) without rowid")
-        except sqlite3.DatabaseError:  # a damaged cache is no reason to stop: it holds nothing that cannot be read again
-            self.file.close()
-            path.unlink(missing_ok=True)
-            self.file = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self.file.execute("create table scores (key blob primary key, raw real) without rowid")
+        self.file = None
+        for attempt in range(2):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = sqlite3.connect(path, timeout=30, isolation_level=None)
+                self.file.execute("create table if not exists scores (key blob primary key, raw real) without rowid")
+                return
+            except (sqlite3.Error, OSError) as error:
+                self.file = None
+                if not any(word in str(error) for word in ("not a database", "malformed")):
+                    return  # somebody else's lock is no damage: go on without
+                for name in (path.name, f"{path.name}-journal", f"{path.name}-wal", f"{path.name}-shm"):
+                    path.with_name(name).unlink(missing_ok=True)
 
-    def get(self, keys: list[bytes]) -> dict[bytes, float | None]:
-        found: dict[bytes, float | None] = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            found.update(self.file.execute(f"select key, raw from scores where key in ({','.join('?' * len(part))})", part))
+    def get(self, keys: list[bytes]) -> dict[bytes, float]:
+        found: dict[bytes, float] = {}
+        try:
+            for start in range(0, len(keys) if self.file else 0, 500):
+                part = keys[start : start + 500]
+                found.update(self.file.execute(f"select key, raw from scores where key in ({','.join('?' * len(part))})", part))
+        except sqlite3.Error:
+            self.file = None
         return found
 
-    def put(self, rows: Iterable[tuple[bytes, float | None]]) -> None:
-        self.file.execute("begin")
-        self.file.executemany("insert or replace into scores values (?, ?)", rows)
-        self.file.execute("commit")
+    def put(self, rows: list[tuple[bytes, float]]) -> None:
+        try:
+            if self.file and rows:
+                self.file.execute("begin")
+                self.file.executemany("insert or replace into scores values (?, ?)", rows)
+                self.file.execute("commit")
+        except sqlite3.Error:
+            self.file = None
+
+
+def reading() -> str:
+    """Hash of the code between a reply and its number: what was read by other code is read again."""
+    here = Path(__file__).parent
+    return blake2b(b"".join((here / name).read_bytes() for name in ("judge.py", "guards.py", "exam.py")), digest_size=8).hexdigest()
 
 
 class Judge:
@@ -103,6 +124,7 @@ class Judge:
         self.calibration: dict[str, Calibration] = {}
         self.method: dict[str, str] = {}  # the exam's choice; without one the first that suits the judge
         self.cache = Scores(cache) if cache and identity else None
+        self._reading = reading()
         self._tokens: dict[str, list[int]] = {}
 
     def _ids(self, text: str) -> list[int]:
@@ -114,7 +136,10 @@ class Judge:
         return [self.info["bos"]] if self.info["add_bos"] else []
 
     def candidates(self, criterion) -> tuple[str, ...]:
-        """The criterion's methods that suit this judge: a big one's digits, a small one's words; what is left if nothing suits."""
+        """The criterion's methods that suit this judge: with a LoRA the question it was taught, else a big one's digits or a
+        small one's words; what is left if nothing suits."""
+        if self.lora and "ask" in criterion.methods:
+            return ("ask",)
         suits = tuple(m for m in criterion.methods if m != "likert" or self.info["n_params"] >= BIG)
         return suits or criterion.methods
 
@@ -127,14 +152,15 @@ class Judge:
         numbers = self.numbers(items, [(c, self.chosen(c)) for c in criteria])
         return [{c.name: row[c.name, self.chosen(c)] for c in criteria} for row in numbers]
 
-    def numbers(self, items: list[Item], wanted: list[tuple], cached: bool = True) -> list[dict[tuple[str, str], float | None]]:
-        """Per item {(criterion name, method): raw number}; None where the context is too long, KNOWN_BAD where a guard refused."""
+    def numbers(self, items: list[Item], wanted: list[tuple], cached: bool = True, guarded: bool = True) -> list[dict[tuple[str, str], float | None]]:
+        """Per item {(criterion name, method): raw number}; None where the context is too long, KNOWN_BAD where a guard refused
+        (`guarded` False: the model alone is asked, as the exam does)."""
         results: list[dict[tuple[str, str], float | None]] = [dict.fromkeys((c.name, m) for c, m in wanted) for _ in items]
         keys = {(i, c.name, m): self._key(item, c, m) for i, item in enumerate(items) for c, m in wanted} if self.cache and cached else {}
         known = self.cache.get(list(keys.values())) if keys else {}
         groups: dict[str, list[int]] = {}
         for i, item in enumerate(items):
-            if guard(item.reply, [text for role, text in item.messages if role == "user"]):
+            if guarded and guard(item.reply, item.said):
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
             elif keys and all(keys[i, c.name, m] in known for c, m in wanted):
                 results[i] = {(c.name, m): known[keys[i, c.name, m]] for c, m in wanted}
@@ -147,12 +173,13 @@ class Judge:
             if likert:
                 self._read_likert(items[members[0]], members, items, likert, results)
         if keys and groups:
-            self.cache.put((keys[i, name, m], results[i][name, m]) for members in groups.values() for i in members for name, m in results[i])
+            fresh = {keys[i, name, m]: raw for members in groups.values() for i in members for (name, m), raw in results[i].items() if raw is not None}
+            self.cache.put(list(fresh.items()))
         return results
 
     def _key(self, item: Item, criterion, method: str) -> bytes:
         wording = criterion.description if method == "likert" else [asdict(cue) for cue in criterion.cues_of(method)]
-        return blake2b(json.dumps([self.identity, method, wording, item.context, item.reply]).encode(), digest_size=16).digest()
+        return blake2b(json.dumps([self._reading, self.identity, method, wording, item.context, item.reply]).encode(), digest_size=16).digest()
 
     def _fits(self, *lengths: int) -> bool:
         return sum(lengths) <= self.info["n_ctx_train"]
@@ -163,7 +190,9 @@ class Judge:
         cues = list(dict.fromkeys(cue for c, method in wanted for cue in c.cues_of(method)))  # a cue shared by criteria is asked once
         suffixes = [(self._ids(cue.text), [self._ids(word) for word in (*cue.good, *cue.bad)]) for cue in cues]
         tail = sum(len(cue) + sum(map(len, words)) for cue, words in suffixes)
-        if not self._fits(len(prefix), max(map(len, replies)), tail):
+        fits = [row for row, reply in enumerate(replies) if self._fits(len(prefix), len(reply), tail)]  # each by itself: a score never hangs on its neighbours
+        members, replies = [members[row] for row in fits], [replies[row] for row in fits]
+        if not members:
             return
         pmi = [c.name for c, method in wanted if method == "pmi"]
         answers = self.worker.branches(self.role, prefix, replies, suffixes, score_reply=bool(pmi))
@@ -185,7 +214,9 @@ class Judge:
             question = f"\n\nHow well does this hold: {criterion.description}? Answer with a number from 1 (not at all) to 5 (fully)."
             text = self.worker.tokenize(self.role, [between + question + after + "Score: "], special=True)[0]
             suffixes.append((text, digits))
-        if not self._fits(len(before), max(map(len, replies)), sum(len(cue) + 5 for cue, _ in suffixes)):
+        fits = [row for row, reply in enumerate(replies) if self._fits(len(before), len(reply), sum(len(cue) + 5 for cue, _ in suffixes))]
+        members, replies = [members[row] for row in fits], [replies[row] for row in fits]
+        if not members:
             return
         for i, answer in zip(members, self.worker.branches(self.role, before, replies, suffixes)):
             for criterion, logps in zip(criteria, answer["suffixes"]):

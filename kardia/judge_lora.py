@@ -31,7 +31,7 @@ def vary(pairs: list[dict], rng: random.Random) -> list[dict]:
     for pair in pairs:
         other = rng.choice(pairs)
         differs = {"relevance": "situation", "persona_consistency": "person"}.get(pair["criterion"])
-        if differs and other[differs] != pair[differs]:
+        if differs and other.get(differs) != pair.get(differs):
             out.append({**pair, "worse": other["better"]})
         if pair["criterion"] == "fluency":
             words = pair["better"].split()
@@ -85,17 +85,18 @@ def train(model: Any, margins: Margins, pairs: list[dict], epochs: int, learning
     pairs = vary(pairs, rng)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    steps = epochs * (len(pairs) // batch_size)
+    per_epoch = -(-len(pairs) // batch_size)
+    steps = epochs * per_epoch
     device = parameters[0].device.type
     for step in range(steps):
-        if step % (len(pairs) // batch_size) == 0:
+        if step % per_epoch == 0:
             rng.shuffle(pairs)
             start = 0
-        total = 0.0
-        for pair in pairs[start : start + batch_size]:
+        total, batch = 0.0, pairs[start : start + batch_size]
+        for pair in batch:
             with torch.autocast(device, torch.bfloat16, enabled=margins.causal_lm.dtype == torch.bfloat16):
                 better, worse = margins(pair)
-            loss = -torch.nn.functional.logsigmoid(better - worse) / batch_size
+            loss = -torch.nn.functional.logsigmoid(better - worse) / len(batch)
             loss.backward()
             total += float(loss.detach())
         start += batch_size

@@ -49,7 +49,7 @@ class Rubric:
     @property
     def labels(self) -> dict[str, str]:
         """Every label and alias, lower case -> label."""
-        return {word: label for label, aliases in self.emotions.items() for word in (label, *aliases)}
+        return {word.lower(): label for label, aliases in self.emotions.items() for word in (label, *aliases)}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -104,6 +104,8 @@ class _Checks:
         if not methods or len(set(map(str, methods))) < len(methods) or any(method not in METHODS for method in methods):
             raise self.bad(f"{key}.method", entry["method"], f"one of {', '.join(METHODS)}, or a list of them for the exam to choose from")
         cues = []
+        if not isinstance(entry.get("cues") or [], list):
+            raise self.bad(f"{key}.cues", entry["cues"], "a list of {text, good, bad}")
         for j, cue in enumerate(entry.get("cues") or []):
             at = f"{key}.cues[{j}]"
             cue = self.mapping(at, cue, {"text", "good", "bad"})
@@ -138,10 +140,17 @@ def load_rubric(path: Path) -> Rubric:
         criteria.append(check.criterion(f"criteria[{i}]", entry, {c.name for c in criteria}))
     if rewards["rubric"] and not sum(c.weight for c in criteria):
         raise check.bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
-    emotions = check.mapping("emotions", root["emotions"], set(), set(map(str, root["emotions"] or {})))
+    emotions = root["emotions"]
+    if not isinstance(emotions, dict):
+        raise check.bad("emotions", emotions, "a mapping of labels to lists of words")
     if len(emotions) < 2:
         raise check.bad("emotions", emotions, "at least two labels")
     labels = {str(label): check.words(f"emotions.{label}", aliases) if aliases else () for label, aliases in emotions.items()}
+    owner: dict[str, str] = {}
+    for label, aliases in labels.items():
+        for word in (label, *aliases):
+            if owner.setdefault(word.lower(), label) != label or (word != label and word.lower() in map(str.lower, labels)):
+                raise check.bad(f"emotions.{label}", word, f"a word that does not already mean {owner[word.lower()]!r}")
     total = sum(rewards.values())
     digest = short_hash(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
     return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest)

@@ -143,7 +143,7 @@ class Run:
         for name in ("log.jsonl", "completions.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+                kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}") and json.loads(line)["step"] <= step]
                 write_text(path, "".join(f"{line}\n" for line in kept))
 
     def checkpoint(self) -> Path | None:

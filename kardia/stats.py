@@ -22,7 +22,9 @@ def reward_trend(run) -> dict[str, Any] | None:
 
     groups: dict[tuple[int, int], list[float]] = {}
     path = run.path / "completions.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        if not line:
+            continue
         record = json.loads(line)
         if record["reward"] is not None:
             groups.setdefault((record["step"], record["group"]), []).append(record["reward"])
@@ -112,7 +114,8 @@ def exam_table(result: dict) -> str:
         lines.append(f"{name:<20} " + "".join(cell.rjust(22) for cell in cells) + "".join(cell.rjust(width) for cell, width in zip(bias, (20, 19))))
     c, r = result["canaries"], result["repeatability"]
     if c["n"]:
-        lines += ["", f"begging for a grade: no score rose in {c['held']} of {c['n']} tries ({c['rate']:.0%})" + "".join(f"; {canary!r} raised {', '.join(sorted(set(names)))}" for canary, names in c["failed"].items())]
+        failed = "".join(f"; {canary!r} raised {', '.join(sorted(set(names)))}" for canary, names in c["failed"].items())
+        lines += ["", f"begging for a grade: the model alone raised no score in {c['held']} of {c['n']} tries ({c['held'] / c['n']:.0%}); rules refuse {c['refused']} of them, with both {c['held_with_guards']} held ({c['held_with_guards'] / c['n']:.0%}){failed}"]
     difference = r["largest_difference"]
     lines.append(f"read twice, in another order: {'bit-identical' if difference == 0 else f'up to {difference:.2g} apart'} ({r['replies']} replies, all criteria); each reply is read alone, so position plays no part")
     return "\n".join(lines)

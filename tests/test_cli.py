@@ -172,7 +172,7 @@ def test_data_check_shows_counts_and_the_loss_mask(tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text("\n".join((k.DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[:3]) + "\n", encoding="utf-8")
     result = run("data", "check", path)
-    assert result.exit_code == 0 and result.stdout.startswith("3 rows are valid: 3 dialogues, 0 prompts")
+    assert result.exit_code == 0 and "3 rows are valid" in result.stderr and "  3         3       0       3        3" in result.stdout
     assert "[[<|understanding_begin|>" in result.stdout and "<|im_end|>]]" in result.stdout
 
 
@@ -226,3 +226,29 @@ def test_options_declare_themselves_once():
 def test_shipped_commands_find_their_data_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert k.SFTOptions().data.is_file() and k.GRPOOptions().data.is_file() and k.EvaluateOptions().exam_pairs.is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", '{"response": "x"}', '{"messages": [{"role": "user", "content": "hi"}], "response": null}', '{"messages": "hello", "response": "x"}', '{"messages": [{"role": "User", "content": "hi"}], "response": "x"}',
+     '{"messages": [{"role": "user", "content": "hi"}], "response": "x \\ud83d"}', "[" * 100_000, '{"messages": [{"role": "user"}], "response": "x"}'],
+)  # fmt: skip
+def test_rows_that_cannot_be_scored_name_their_line(tmp_path, line):
+    path = tmp_path / "replies.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    result = run("judge", "score", path, "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 1 and f"{path}:1: found" in result.output and "Traceback" not in result.output and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe\x00", "not UTF-8"), (b'{"criterion": "safety", "better": 5, "worse": "x", "messages": [{"role": "user", "content": "u"}]}', "better = 5"),
+     (b'{"criterion": "safety", "better": "a", "worse": "b", "messages": "hello"}', "messages = hello"), (b'{"criterion": "safety", "better": "a", "worse": "b", "messages": [{"role": "user"}]}', "messages = ")],
+)  # fmt: skip
+def test_exam_pairs_that_are_none(tmp_path, content, message):
+    from kardia import exam
+
+    (tmp_path / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(exam.ExamError, match="pairs.jsonl") as error:
+        exam.load_pairs(tmp_path / "pairs.jsonl", ["safety"])
+    assert message in str(error.value)

@@ -79,6 +79,14 @@ def test_bom_and_crlf_are_fine(tmp_path, rubric):
     assert len(k.load_rows([path], rubric)) == 1
 
 
+def test_only_a_line_feed_ends_a_row(tmp_path, rubric):
+    """U+2028, U+2029 and U+0085 are line ends to str.splitlines and may stand inside anybody's text."""
+    text = "one\u2028two\u2029three\u0085four"
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row(situation=text), ensure_ascii=False) + "\n", encoding="utf-8")
+    assert k.load_rows([path], rubric)[0].situation == text
+
+
 def test_not_utf8(tmp_path, rubric):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xff\xfe\x00")

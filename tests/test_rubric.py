@@ -33,6 +33,13 @@ def test_the_shipped_rubric(rubric):
         (lambda r: [c.update(weight=0) for c in r["criteria"]], "criteria: found 'all weights zero'"),
         (lambda r: r.update(criteria=[]), "criteria"),
         (lambda r: r.update(emotions={"sad": []}), "emotions"),
+        (lambda r: r.update(emotions=5), "emotions: found '5' / expected a mapping"),
+        (lambda r: r["emotions"].update(sad=["Faithful"]), "emotions.sad: found 'Faithful' / expected a word that does not already mean 'faithful'"),
+        (lambda r: r["emotions"].update(sad=["blue"], lonely=["Blue"]), "expected a word that does not already mean"),
+        (lambda r: r["criteria"][0].update(cues=5), "criteria[0].cues: found '5'"),
+        (lambda r: r["criteria"][0].update(method=[]), "criteria[0].method"),
+        (lambda r: r["criteria"][0].update(method=["ask", "ask"]), "criteria[0].method"),
+        (lambda r: r["criteria"][0].update(ask=3), "criteria[0].ask"),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path, change, message):
