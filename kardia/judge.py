@@ -237,6 +237,8 @@ class Judge:
             head, _, end = rendered.split(MARK)
         except ValueError:
             raise LlamaError(f"{self.path}: its chat template does not carry the user's text; use method contrast or pmi") from None
+        if end.rstrip().endswith("<think>"):  # templates that open a thought whatever they are told (DeepSeek-R1's)
+            end = end.rstrip() + "\n\n</think>\n\n"
         ids = self.worker.tokenize(self.role, [head], special=True)[0] + self.worker.tokenize(self.role, [context + " "])[0]
         start = self._start()
         return (ids if ids[:1] == start else start + ids), "", end

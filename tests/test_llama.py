@@ -194,6 +194,31 @@ def test_likert_reads_digits_through_the_chat_template(worker, gguf, rubric):
     assert all(1 <= value <= 5 for scores in raw for value in scores.values()) and raw[0] != raw[1]
 
 
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}", "<think>\n\n</think>\n\n"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n", "<think>\n\n</think>\n\n"),  # opens a thought, asked or not
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[/INST]"),
+        (None, "\n"),
+    ],
+)
+def test_thoughts_are_closed_before_the_score(worker, gguf, rubric, template, end):
+    judge = Judge(worker, gguf, rubric)
+    judge.info = {**judge.info, "template": template}
+    ids, between, after = judge._template("Profile: a\n\nUser: hi\nListener:")
+    assert after.endswith(end) and after.count("<think>") == after.count("</think>") and between == "" and ids
+
+
+@pytest.mark.parametrize(("template", "message"), [("{{ raise_exception('no') }}", "cannot be rendered"), ("nothing of the user's", "does not carry the user's text"), ("{% for", "cannot be rendered")])
+def test_templates_that_cannot_be_used_are_one_line(worker, gguf, rubric, template, message):
+    judge = Judge(worker, gguf, rubric)
+    judge.info = {**judge.info, "template": template}
+    with pytest.raises(llama.LlamaError, match=message) as error:
+        judge._template("x")
+    assert "\n" not in str(error.value)
+
+
 def test_a_killed_worker_is_replaced_and_the_request_replayed(gguf, renderer):
     with llama.Worker() as worker:
         worker.load("policy", gguf)
