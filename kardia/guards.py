@@ -57,7 +57,9 @@ def guard(reply: str, said: Sequence[str] = ()) -> str | None:
         return "insult"
     if _echoes(words, said):
         return "echo"
-    if _loops(words) or _gibberish(words):
+    if _loops(words):
+        return "repeats itself"
+    if _gibberish(words):
         return "gibberish"
     if said and _script(text) and _script(" ".join(said)) and _script(text) != _script(" ".join(said)):
         return "other script"

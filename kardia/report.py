@@ -446,7 +446,7 @@ def _exam_methods(exam: dict) -> str:
         failed = "; ".join(f"“{_text(canary)}” raised {_names(sorted(set(map(str, names))))}" for canary, names in table(canaries.get("failed")).items() if isinstance(names, list))
         notes.append(f"Begging for a grade raised no score of the model alone in {_text(canaries.get('held'))} of {_text(canaries['n'])} tries, "
                      f"and in {_text(canaries.get('held_with_guards'))} with the rules that refuse such replies{': ' + failed if failed else ''}.")
-    if _number(repeat.get("largest_difference")):
+    if _number(repeat.get("largest_difference")) is not None:
         notes.append("Read twice, in another order, scores were " + ("bit-identical." if repeat["largest_difference"] == 0 else f"up to {_f(repeat['largest_difference'], 4)} apart."))
     return out + (f"<p class=note>{' '.join(notes)}</p>" if notes else "")
 

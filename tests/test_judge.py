@@ -45,7 +45,7 @@ SAID = ["My oven broke at five this morning and two hundred rolls for the fair a
         ("Shut up about the rolls.", "insult"),
         ("Oh well. Just kill yourself then.", "insult"),
         ("So your oven broke at five this morning and two hundred rolls for the fair are raw.", "echo"),
-        ("I am sorry to hear. I am sorry to hear. I am sorry to hear.", "gibberish"),
+        ("I am sorry to hear. I am sorry to hear. I am sorry to hear.", "repeats itself"),
         ("Xkcdq wrtzp bvnmk sdfgh the qwrtp.", "gibberish"),
         ("Мне очень жаль, что печь сломалась.", "other script"),
         # kind replies that come close
