@@ -1,6 +1,6 @@
 # make demo   set up .venv, then the whole story on the embedded model
 # make test   set up .venv, then the test suite
-# make bench  what is faster than what, measured side by side (about 20 minutes on 2 cores)
+# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

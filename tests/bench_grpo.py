@@ -1,8 +1,9 @@
-"""A GRPO step, ours against plain TRL: the same model, prompts, seed, group, lengths and criteria, in one process, step by step.
+"""A GRPO step, ours against plain TRL: the same model, prompts, seed, group, lengths and criteria, in one run, step by step.
 
     python tests/bench_grpo.py [--from RUN] [--steps 3] [--sweep] [--json FILE]
 
-Both trainers live in one process and take turns, one step each, so that a noisy machine is noisy to both. What is timed:
+Each trainer lives in a process of its own (in one process the thread pools of torch and two llama.cpps slow each other: TRL
+took 47 s a step there and 30 s alone) and they take turns, one step each, so that a noisy machine is noisy to both. Timed:
 
     rollout   trainer._generate:          ours llama.cpp with the LoRA swapped in;  TRL's transformers `generate`
     judge     trainer._calculate_rewards: ours log-probabilities of branches;       a JSON completion per reply (llama-cpp-python)
@@ -27,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -119,8 +119,8 @@ def make_plain(work: Work):
     return work.trainer(GRPOTrainer, "plain", reward, "hf", config={"generation_kwargs": {"min_new_tokens": work.tokens}})
 
 
-def clock(trainer, name: str, turns: "Turns", seconds: dict[str, list[float]]) -> None:
-    """Time the parts of every step of a trainer and let the other one go between steps."""
+def clock(trainer) -> None:
+    """Time the parts of every step; begin a step when a line comes on stdin, report it as a JSON line on stdout."""
     from transformers import PrinterCallback, TrainerCallback
 
     part = {"rollout": 0.0, "judge": 0.0}
@@ -142,65 +142,53 @@ def clock(trainer, name: str, turns: "Turns", seconds: dict[str, list[float]]) -
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            turns.wait(name)
+            if not sys.stdin.readline():
+                raise SystemExit("the other trainer failed")
             self.began = time.perf_counter()
 
         def on_step_end(self, arguments, state, control, **_):
             step = time.perf_counter() - self.began
-            if state.global_step > 1:  # the first step allocates, compiles kernels, fills caches
-                for label, value in (("rollout", part["rollout"]), ("judge", part["judge"]), ("update", step - part["rollout"] - part["judge"]), ("step", step)):
-                    seconds[label].append(value)
-            print(f"{name:<6} step {state.global_step}: {step:6.2f} s = rollout {part['rollout']:.2f} + judge {part['judge']:.2f} + update {step - part['rollout'] - part['judge']:.2f}", file=sys.stderr, flush=True)
-            turns.done(name)
+            print(json.dumps({**part, "update": step - part["rollout"] - part["judge"], "step": step}), flush=True)
 
     trainer.add_callback(Clock())
     trainer.remove_callback(PrinterCallback)
 
 
-class Turns:
-    """Whose step it is. A single trainer always has the turn."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.now, self.condition, self.left = names, 0, threading.Condition(), set()
-
-    def wait(self, name: str) -> None:
-        with self.condition:
-            self.condition.wait_for(lambda: self.names[self.now] == name)
-
-    def done(self, name: str, leave: bool = False) -> None:
-        with self.condition:
-            self.left |= {name} if leave else set()
-            if self.names[self.now] == name and set(self.names) - self.left:
-                self.now = next(i % len(self.names) for i in range(self.now + 1, self.now + 1 + len(self.names)) if self.names[i % len(self.names)] not in self.left)
-            self.condition.notify_all()
-
-
-def race(arguments, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Steps of the named trainers, taking turns. Seconds per part and step."""
+def child(arguments) -> None:
+    """One trainer alone in this process: steps on request, then its peak memory."""
     k.start(k.CommonOptions(), k.EMBEDDED)
-    work, failures = Work(arguments), []
-    with Worker() as worker:
-        trainers = {name: make_ours(work, worker) if name == "ours" else make_plain(work) for name in names}
-        seconds = {name: {part: [] for part in PARTS} for name in names}
-        turns = Turns(names)
+    with memory.PeakSampler() as sampler, Worker() as worker:
+        work = Work(arguments)
+        trainer = make_ours(work, worker) if arguments.only == "ours" else make_plain(work)
+        clock(trainer)
+        trainer.train()
+    print(json.dumps({"peak_gb": sampler.peak}), flush=True)
 
-        def train(name: str) -> None:
-            try:
-                trainers[name].train()
-            except BaseException as error:  # a dead trainer must not leave the other waiting
-                failures.append(error)
-            turns.done(name, leave=True)
 
-        for name in names:
-            clock(trainers[name], name, turns, seconds[name])
-        threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in names]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
-    return seconds
+def race(arguments) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
+    """Both trainers, a step each in turn. Returns (seconds per trainer, part and step; peak GB per trainer). The first step of each is not counted."""
+    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens)]
+    command += ["--from", str(arguments.source)] if arguments.source else []
+    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in ("ours", "plain")}
+    seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in children}
+    try:
+        for step in range(arguments.steps + 1):
+            for name, process in children.items():
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                if not line:
+                    raise SystemExit(f"{name} ended with exit code {process.wait()}")
+                times = json.loads(line)
+                print(f"{name:<6} step {step + 1}: " + ", ".join(f"{part} {times[part]:.2f} s" for part in PARTS), file=sys.stderr, flush=True)
+                if step:  # the first one allocates, compiles kernels, fills caches
+                    for part in PARTS:
+                        seconds[name][part].append(times[part])
+        peaks = {name: json.loads(process.stdout.readline())["peak_gb"] for name, process in children.items()}
+    finally:
+        for process in children.values():
+            process.kill()
+    return seconds, peaks
 
 
 def floor(work_tokens: dict[str, float], parameters: int) -> dict[str, float]:
@@ -226,20 +214,13 @@ def timed_seconds(work) -> float:
     return time.perf_counter() - began
 
 
-def peak_memory(arguments, name: str) -> float:
-    """GB of a process tree that runs only this trainer, one step."""
-    command = [sys.executable, __file__, "--only", name, "--steps", "1", "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens)]
-    command += ["--from", str(arguments.source)] if arguments.source else []
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def sweep(arguments) -> list[dict]:
     """How the cost grows: rollout and update of one group, ours and TRL's, for group sizes, prompt and completion lengths."""
     rows = []
     for key, values in (("group_size", (4, 8, 16)), ("tokens", (65, 130, 260))):
         for value in values:
             changed = argparse.Namespace(**{**vars(arguments), key: value, "steps": 1})
-            seconds = race(changed, ["ours", "plain"])
+            seconds, _ = race(changed)
             row = {key: value, **{name: {part: times[part][-1] for part in PARTS} for name, times in seconds.items()}}
             rows.append(row)
             print(f"{key} {value}: " + "; ".join(f"{part} {row['ours'][part]:.1f} against {row['plain'][part]:.1f} s" for part in PARTS), flush=True)
@@ -253,22 +234,20 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=130, help="length of every completion")
     parser.add_argument("--sweep", action="store_true", help="also measure other group sizes and lengths (minutes)")
-    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each, in processes of their own")
     parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     if arguments.only:
-        with memory.PeakSampler() as sampler:
-            race(arguments, [arguments.only])
-        print(sampler.peak)
+        child(arguments)
         return
-    seconds = race(arguments, ["ours", "plain"])
+    seconds, peaks = race(arguments)
+    k.start(k.CommonOptions(), k.EMBEDDED)
     work = Work(arguments)
     prompt = statistics.mean(len(work.renderer.prompt(d)) for d in work.dialogues)
     completions = arguments.group_size * arguments.tokens
     least = floor({"prompt": prompt, "completions": completions, "decodes": arguments.tokens, "judge": 200 + arguments.group_size * 100}, 134_515_008)
     least["step"] = sum(least[part] for part in PARTS[:3])
-    figures = {"machine": machine(), "group_size": arguments.group_size, "tokens": arguments.tokens, "prompt": prompt, "steps": arguments.steps, "seconds": seconds, "floor": least}
+    figures = {"machine": machine(), "group_size": arguments.group_size, "tokens": arguments.tokens, "prompt": prompt, "steps": arguments.steps, "seconds": seconds, "peak_gb": peaks, "floor": least}
     print(f"{arguments.group_size} answers x {arguments.tokens} tokens after prompts of {prompt:.0f}, five criteria, {arguments.steps} steps each, {machine()}")
     print(f"{'':<8} {'ours':>8} {'TRL':>8} {'ratio':>7} {'(steps from - to)':>19} {'floor':>7}")
     for part in PARTS:
@@ -276,9 +255,7 @@ def main() -> None:
         ratios = sorted(b / a for a, b in zip(seconds["ours"][part], seconds["plain"][part]))
         print(f"{part:<8} {ours:>7.2f}s {plain:>7.2f}s {statistics.median(ratios):>6.1f}x {ratios[0]:>11.1f} - {ratios[-1]:<5.1f} {least[part]:>6.2f}s")
     print(f"floor at {least['flops'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:.1f} GB/s, measured here")
-    if arguments.memory:
-        figures["peak_gb"] = {name: peak_memory(arguments, name) for name in ("ours", "plain")}
-        print(f"peak memory: ours {figures['peak_gb']['ours']:.1f} GB, TRL {figures['peak_gb']['plain']:.1f} GB (each alone, all its processes)")
+    print(f"peak memory: ours {peaks['ours']:.1f} GB, TRL {peaks['plain']:.1f} GB (each with all its processes)")
     if arguments.sweep:
         figures["sweep"] = sweep(arguments)
     if arguments.json:
