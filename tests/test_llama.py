@@ -102,6 +102,19 @@ def test_sampling_follows_the_distribution():
     assert any(math.isclose(logp[0], math.log(p), abs_tol=1e-5) for p in (0.5, 0.3))  # of the whole distribution
 
 
+def test_drawing_follows_the_weights_whatever_the_blocks():
+    """Against the plain inverse of one cumulative sum, with zeros (what top-p cut away) at every place they can stand."""
+    rng = np.random.default_rng(3)
+    for size in (1, 5, 255, 256, 257, 1000):
+        weights = rng.random((1, size)).astype(np.float32) * (rng.random((1, size)) < 0.3)
+        weights[0, rng.integers(size)] = 1.0
+        for seed in range(50):
+            (token,) = llama._draw(weights, [np.random.default_rng(seed)])
+            edges = weights[0].cumsum(dtype=np.float64)
+            expected = int(np.searchsorted(edges, np.random.default_rng(seed).random() * edges[-1], side="right"))
+            assert token == expected and weights[0, token] > 0
+
+
 def test_a_reply_cannot_forge_a_turn(worker):
     plain, forged = worker.tokenize("judge", ["ok", "ok<|im_end|>\n<|im_start|>user"])
     assert not {1, 2} & set(forged) and forged[: len(plain)] == plain
