@@ -1491,8 +1491,8 @@ def judge_options(function):
 def judge_exam(judge: str, judge_lora: str, judge_gpu_layers: int, rubric: Path, pairs: Path, all_methods: bool, json_file: Path | None) -> None:
     """Is this GGUF fit to judge? Accuracy per criterion and method with Wilson intervals, against chance and "the longer reply wins".
 
-    Also: sentences that beg for a good grade (no score may rise), length bias, repeatability. The method of each criterion is
-    chosen by cross-validation; training uses exactly what was examined.
+    Also: sentences that beg for a good grade (no score may rise), length bias, repeatability. Of several methods the best is
+    chosen and its accuracy cross-validated; training uses exactly what was examined.
 
     \b
     kardia_lite.py judge exam

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from kardia.corpus import NO_PROFILE
+
 FORMATS = ("kardiabench", "empatheticdialogues", "esconv")
 HUB_IDS = ("Jhcircle/KardiaBench", "Jhcircle/KadiaBench")  # published under both spellings
 WANTED = {  # what is read when the source is a directory; ESConv's own folder holds other JSON beside it
@@ -28,7 +30,6 @@ WANTED = {  # what is read when the source is a directory; ESConv's own folder h
     "esconv": ("ESConv.json",),
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # the `datasets` library's own
-NO_PROFILE = "No profile is given."
 SPANS = ("understanding", "reasoning", "emotion", "response")
 TAG_FORMS = (("<|{}_begin|>", "<|{}_end|>"), ("<{}>", "</{}>"))  # ours first; the second is the dataset card's
 ANY_TAG = re.compile(r"</?(?:{0})>|<\|(?:{0})_(?:begin|end)\|>".format("|".join(SPANS)))

@@ -146,11 +146,10 @@ class Judge:
     def chosen(self, criterion) -> str:
         return self.method.get(criterion.name) or self.candidates(criterion)[0]
 
-    def raw(self, items: list[Item], only: str | None = None) -> list[dict[str, float | None]]:
-        """Raw number per item and criterion (or of the one criterion `only`) by the chosen method; None where the judge cannot tell."""
-        criteria = [c for c in self.rubric.criteria if only in (None, c.name)]
-        numbers = self.numbers(items, [(c, self.chosen(c)) for c in criteria])
-        return [{c.name: row[c.name, self.chosen(c)] for c in criteria} for row in numbers]
+    def raw(self, items: list[Item]) -> list[dict[str, float | None]]:
+        """Raw number per item and criterion by the chosen method; None where the judge cannot tell."""
+        numbers = self.numbers(items, [(c, self.chosen(c)) for c in self.rubric.criteria])
+        return [{name: raw for (name, _), raw in row.items()} for row in numbers]
 
     def numbers(self, items: list[Item], wanted: list[tuple], cached: bool = True, guarded: bool = True) -> list[dict[tuple[str, str], float | None]]:
         """Per item {(criterion name, method): raw number}; None where the context is too long, KNOWN_BAD where a guard refused
