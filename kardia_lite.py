@@ -38,8 +38,8 @@ from typing import Any
 
 import click
 
-from kardia import corpus, datasets_io, exam, export, judge_lora, memory, report
-from kardia.base import EMBEDDED, Base, cache_directory, quiet, resolve_base
+from kardia import corpus, datasets_io, exam, export, judge_lora, memory, packing, report
+from kardia.base import EMBEDDED, Base, cache_directory, fused_attention, quiet, resolve_base
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
@@ -497,9 +497,44 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
         max_steps=options.max_steps or -1, warmup_steps=3, lr_scheduler_type="cosine", max_length=None, save_steps=options.save_steps, dataset_kwargs={"skip_prepare_dataset": True}, **shared_arguments(options, bits),
     )  # fmt: skip
     data = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in examples])
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    hindrance = packing.enable(model.base_model.model) if engine == "transformers" else "its own kernels"
+    if hindrance:
+        say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
+    trainer_class, collator = (SFTTrainer, None) if hindrance else (make_sft_trainer_class(), side_by_side)
+    trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator)
     finish(run, trainer, checkpoint, "loss")
     return run
+
+
+def side_by_side(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """A micro-batch as one row without padding: ids and labels [L], and where each dialogue ends."""
+    import torch
+
+    ids, labels = (torch.tensor(list(itertools.chain(*(e[key] for e in examples)))) for key in ("input_ids", "labels"))
+    return {"input_ids": ids, "labels": labels, "lengths": [len(e["input_ids"]) for e in examples]}
+
+
+def make_sft_trainer_class():
+    """TRL's SFTTrainer with another loss function of the same value: dialogues of a micro-batch lie side by side and do not see
+    each other, and logits are computed only where an answer's token is predicted, a chunk at a time (kardia/packing.py)."""
+    from trl import SFTTrainer
+
+    class KardiaSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids, labels = inputs["input_ids"], inputs["labels"]
+            causal_lm = self.accelerator.unwrap_model(model).base_model.model  # inside the PeftModel
+            trained = (labels != -100).nonzero()[:, 0]
+            row = packing.pack(ids[:0], ids.split(inputs["lengths"]))
+            with self.accelerator.autocast():
+                hidden = row.hidden(causal_lm)[trained - 1]
+                logps, entropies, right = packing.token_logps(hidden, causal_lm.get_output_embeddings(), labels[trained], 1.0, packing.final_softcap(causal_lm.config))
+            for name, values in (("entropy", entropies), ("mean_token_accuracy", right)):
+                self._metrics["train"][name].append(values.mean().item())
+            self._total_train_tokens += len(ids)
+            shares = self.accelerator.num_processes if num_items_in_batch is not None else 1  # the count is of all processes, the gradient their mean
+            return -logps.sum() / (len(trained) if num_items_in_batch is None else num_items_in_batch) * shares
+
+    return KardiaSFTTrainer
 
 
 def describe(base: Base) -> dict[str, Any]:
@@ -709,11 +744,11 @@ def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
         raise UserError(f"{out}: exists already; choose another --out")
     base = resolve_base(options.judge)
     tokenizer, model = load_tokenizer(base), load_policy(base, "transformers", 16, rank=options.lora_rank, alpha=2 * options.lora_rank, seed=options.seed)
-    if not can_share_prefix(model.config):
-        raise UserError(f"{base.name}: its attention ({model.config.model_type}) cannot share a context between two replies; judge train takes models with plain causal attention")
+    if hindrance := packing.enable(model.base_model.model):
+        raise UserError(f"{base.name} ({model.config.model_type}): two replies cannot share a context ({hindrance}); judge train needs another model")
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     start_ = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    margins = judge_lora.Margins(model, encode, start_, {c.name: c.cues_of("ask")[0] for c in rubric.criteria if c.name in names}, pack_group)
+    margins = judge_lora.Margins(model, encode, start_, {c.name: c.cues_of("ask")[0] for c in rubric.criteria if c.name in names})
 
     def count() -> tuple[float, float, float]:
         with progress("held-out pairs", len(held_out)) as at:
@@ -740,55 +775,6 @@ def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ 7 GRPO
 
 
-def token_logps(hidden, head, targets, temperature: float, chunk: int = 128):
-    """hidden [N, H], targets [N] -> (log p(target) [N], entropy [N]) of softmax(head(hidden) / temperature), in chunks.
-
-    Logits of 8 answers are the largest tensor of a step (N x 49,152 floats); a chunk's are thrown away and computed
-    again in the backward pass.
-    """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    def one(h, t):
-        logits = head(h).float() / temperature  # [chunk, vocabulary]
-        logp = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(-1, t.unsqueeze(-1)).squeeze(-1), entropy
-
-    parts = [checkpoint(one, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def pack_group(prompt, completions, dtype):
-    """One row for a whole group: prompt [P] and completions G x [C_i] -> ids, positions [1, L], mask [1, 1, L, L], predictors [sum C_i].
-
-        [prompt][c1][c2]..[cG]   every completion sees the prompt and itself, and starts again at position P
-
-    The prompt is computed once instead of G times. `predictors` are the places whose logits predict the completion
-    tokens: the prompt's last token for each first token, then each completion's own tokens but the last.
-    """
-    import torch
-
-    lengths, P = [len(c) for c in completions], len(prompt)
-    ids = torch.cat([prompt, *completions]).unsqueeze(0)  # [1, L]
-    positions = torch.cat([torch.arange(P), *[torch.arange(P, P + n) for n in lengths]]).unsqueeze(0).to(ids.device)
-    segment = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([P, *lengths])).to(ids.device)
-    order = torch.arange(ids.shape[1], device=ids.device)
-    visible = (order[:, None] >= order[None, :]) & ((segment[None, :] == 0) | (segment[:, None] == segment[None, :]))
-    mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
-    starts = [P + sum(lengths[:i]) for i in range(len(lengths))]
-    predictors = torch.cat([torch.cat([torch.tensor([P - 1]), torch.arange(s, s + n - 1)]) for s, n in zip(starts, lengths)])
-    return ids, positions, mask, predictors.to(ids.device)
-
-
-def can_share_prefix(config) -> bool:
-    """Plain causal attention in every layer: the block mask is then exact. Sliding windows and soft caps take TRL's own path."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"])
-    return kinds == {"full_attention"} and not getattr(text, "final_logit_softcapping", None) and not getattr(text, "logit_scale", None)
-
-
 def make_grpo_trainer_class():
     """TRL's GRPOTrainer with two changes: the update shares the prompt within a group, and every rollout is written down."""
     import torch
@@ -796,9 +782,13 @@ def make_grpo_trainer_class():
     from trl.trainer.utils import split_tensor_dict
 
     class KardiaGRPOTrainer(GRPOTrainer):
-        share_prefix = True
         trust_sampler = False  # sampler's log-probs as the old ones: the clipped ratio then corrects for other weights
         record = None  # called with the step's rollouts once their advantages are known
+
+        def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
+            super().__init__(*arguments, **more)
+            self.hindrance = packing.enable(self.model.base_model.model) if share_prefix else "it was not asked for"
+            self.share_prefix = self.hindrance is None
 
         def _prepare_inputs(self, generation_batch):
             """TRL's buffer without its shuffle, so that a micro-batch holds answers to one prompt. The gradient is the same: one
@@ -820,29 +810,27 @@ def make_grpo_trainer_class():
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
             if not self.share_prefix:
                 return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
-            prompts, keep = input_ids[:, :-logits_to_keep], attention_mask.bool()
-            logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
-            entropies = torch.zeros_like(logps)
+            prompts, keep, flat = input_ids[:, :-logits_to_keep], attention_mask.bool(), []
             start = 0
             while start < len(input_ids):  # rows of one group stand together and share their prompt
                 end = start + 1
                 while end < len(input_ids) and torch.equal(prompts[end], prompts[start]) and torch.equal(keep[end, :-logits_to_keep], keep[start, :-logits_to_keep]):
                     end += 1
-                mine = self._group_logps(model, input_ids[start:end], keep[start:end], logits_to_keep)
-                mask = keep[start:end, -logits_to_keep:]
-                logps = logps.masked_scatter(torch.zeros_like(keep[:, -logits_to_keep:]).index_put((torch.arange(start, end),), mask), mine[0])
-                entropies[start:end][mask] = mine[1]
+                flat.append(self._group_logps(model, input_ids[start:end], keep[start:end], logits_to_keep))
                 start = end
+            mask, empty = keep[:, -logits_to_keep:], torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+            logps, entropies, _ = (empty.masked_scatter(mask, torch.cat(parts)) for parts in zip(*flat))
             return logps, (entropies if compute_entropy else None), None
 
         def _group_logps(self, model, input_ids, keep, logits_to_keep):
-            inner = self.accelerator.unwrap_model(model).base_model.model  # the causal LM inside the PeftModel
+            """[prompt][c1][c2]..[cG] as one row (kardia/packing.py); logits only where a completion's token is predicted."""
+            causal_lm = self.accelerator.unwrap_model(model).base_model.model  # inside the PeftModel
             prompt = input_ids[0, :-logits_to_keep][keep[0, :-logits_to_keep]]
             completions = [row[mask] for row, mask in zip(input_ids[:, -logits_to_keep:], keep[:, -logits_to_keep:])]
-            ids, positions, mask, predictors = pack_group(prompt, completions, inner.dtype)
+            row = packing.pack(prompt, completions)
             with self.accelerator.autocast():
-                hidden = inner.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state[0, predictors]
-                return token_logps(hidden, inner.get_output_embeddings(), torch.cat(completions), self.temperature)
+                hidden = row.hidden(causal_lm)[row.predictors]
+                return packing.token_logps(hidden, causal_lm.get_output_embeddings(), torch.cat(completions), self.temperature, packing.final_softcap(causal_lm.config))
 
     return KardiaGRPOTrainer
 
@@ -1002,11 +990,11 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     if rollout == "llama":
         load_for_rollouts(worker, base.gguf(bits))
     trainer_class = make_grpo_trainer_class()
-    trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollouts if rollout == "llama" else None)
+    trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                            rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
     trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
-    trainer.share_prefix = engine == "transformers" and can_share_prefix(model.config)
-    if not trainer.share_prefix:
-        say(f"  the update uses TRL's own path (no shared prefix for {model.config.model_type} on {engine})")
+    if trainer.hindrance:
+        say(f"  the update takes TRL's own path, which computes the prompt once per answer ({engine}, {model.config.model_type}: {trainer.hindrance})")
     try:
         finish(run, trainer, run.checkpoint() if resume else None, "reward")
     finally:
@@ -1017,7 +1005,8 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
 
 def load_for_rollouts(worker: Worker, gguf: Path) -> None:
     """The policy's base in the llama worker: all layers on the GPU, or none where there is no GPU."""
-    worker.load("policy", gguf, -1 if memory.has_gpu() else 0)
+    gpu = memory.has_gpu()
+    worker.load("policy", gguf, -1 if gpu else 0, fused=not gpu and fused_attention(worker, gguf))
 
 
 def choose_rollout(rollout: str, base: Base) -> str:

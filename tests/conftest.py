@@ -62,13 +62,14 @@ def rubric():
 def tiny():
     """A random model of any architecture: tiny("llama"), tiny("gemma3_text", sliding_window=8)."""
 
-    def make(kind, **changes):
+    def make(kind, attn="sdpa", **changes):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
         sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
         config = AutoConfig.for_model(kind, **{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes})
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).float()
+        return model.requires_grad_(False)  # frozen, as a base is; a LoRA on top is trained
 
     return make

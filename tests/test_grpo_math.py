@@ -1,5 +1,6 @@
 """The shared-prefix update against TRL's own path: same log-probs, same entropies, same gradients, on tiny random models."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import kardia_lite as k
+from kardia import packing
 
 
 def lora(model):
@@ -36,12 +38,10 @@ def batch(groups, seed=0):
 
 
 def both_ways(model, ids, mask, keep, temperature=0.9):
-    """(logps, entropies, gradients) of TRL's path and of ours."""
+    """(log-probs, entropies, gradients) of TRL's path and of ours; the model's attention is exchanged in between."""
     from trl import GRPOTrainer
 
     ours = k.make_grpo_trainer_class()
-    import contextlib
-
     trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda m: m, autocast=contextlib.nullcontext), temperature=temperature, share_prefix=True,
                               model_kwarg_keys={"logits_to_keep"}, _entropy_bonus_enabled=False)  # fmt: skip
     trainer._group_logps = lambda *a: ours._group_logps(trainer, *a)
@@ -49,6 +49,8 @@ def both_ways(model, ids, mask, keep, temperature=0.9):
     weights = torch.randn(completion.shape, generator=torch.Generator().manual_seed(3)) * completion
     results = []
     for path in (GRPOTrainer._full_logits_logps, ours._get_per_token_logps_and_entropies):
+        if path is not GRPOTrainer._full_logits_logps:
+            assert packing.enable(model.base_model.model) is None
         model.zero_grad()
         logps, entropies, _ = path(trainer, model, ids, mask, keep, compute_entropy=True)
         (logps * weights).sum().backward()
@@ -57,43 +59,171 @@ def both_ways(model, ids, mask, keep, temperature=0.9):
     return results
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+GEMMA2 = {"attn": "eager", "sliding_window": 8, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 1.5}  # transformers' SDPA has no soft cap
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 8}), ("gemma2", GEMMA2), ("gemma3_text", {"sliding_window": 8})],
+    ids=["llama", "qwen2", "qwen3", "mistral", "mistral sliding", "gemma2", "gemma3"],
+)  # fmt: skip
 @pytest.mark.parametrize("groups", [[(20, [7, 3, 12])], [(20, [7, 1]), (9, [5, 5])]], ids=["one group", "two prompts"])
-def test_shared_prefix_equals_trls_path(tiny, kind, groups):
-    model = lora(tiny(kind, **({"sliding_window": None} if kind == "mistral" else {})))
-    assert k.can_share_prefix(model.config)
-    (logps, entropies, gradient), (ours, our_entropies, our_gradient) = both_ways(model, *batch(groups))
+def test_shared_prefix_equals_trls_path(tiny, kind, changes, groups):
+    (logps, entropies, gradient), (ours, our_entropies, our_gradient) = both_ways(lora(tiny(kind, **changes)), *batch(groups))
     assert (logps - ours).abs().max() < 1e-4
     assert (entropies - our_entropies).abs().max() < 1e-3
     assert (gradient - our_gradient).norm() / gradient.norm() < 1e-4
 
 
+def test_gradient_checkpointing_changes_nothing(tiny):
+    """The pack must reach the attention again when a layer is computed a second time."""
+    model = lora(tiny("gemma3_text", sliding_window=8)).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    (logps, _, gradient), (ours, _, our_gradient) = both_ways(model, *batch([(20, [7, 3, 12])]))
+    assert (logps - ours).abs().max() < 1e-4 and (gradient - our_gradient).norm() / gradient.norm() < 1e-4
+
+
+def leaky(tokens, before, window, device):
+    return torch.ones(tokens, before + tokens, dtype=torch.bool, device=device)
+
+
 def test_a_wrong_mask_would_be_noticed(tiny, monkeypatch):
-    """The comparison above has teeth: let completions see each other and it fails."""
+    """The comparison above has teeth: let tokens see what comes after them, and it fails."""
     model = lora(tiny("llama"))
-    pack = k.pack_group
-
-    def leaky(prompt, completions, dtype):
-        ids, positions, mask, predictors = pack(prompt, completions, dtype)
-        return ids, positions, torch.full_like(mask, torch.finfo(dtype).min).triu(1), predictors
-
-    monkeypatch.setattr(k, "pack_group", leaky)
+    both_ways(model, *batch([(20, [7, 3, 12])]))
+    packing_enable = packing.enable
+    monkeypatch.setattr(packing, "_causal", leaky)
+    monkeypatch.setattr(packing, "enable", lambda lm: None)
     (logps, _, _), (ours, _, _) = both_ways(model, *batch([(20, [7, 3, 12])]))
     assert (logps - ours).abs().max() > 1e-2
+    assert packing_enable(tiny("llama")) is not None  # and so does the probe before a run
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("gemma2", {}), ("gemma3_text", {}), ("mistral", {"sliding_window": 8})])
-def test_sliding_windows_and_soft_caps_fall_back(tiny, kind, changes):
-    assert not k.can_share_prefix(tiny(kind, **changes).config)
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda m: setattr(m.config, "layer_types", ["full_attention", "chunked_attention"]), "chunked_attention"),
+        (lambda m: setattr(m.config, "logit_scale", 0.5), "scaled logits"),
+        (lambda m: m.get_output_embeddings().weight.requires_grad_(True), "output layer"),
+        (lambda m: setattr(type(m), "_can_set_attn_implementation", classmethod(lambda cls: False)), "cannot be exchanged"),
+    ],
+)  # fmt: skip
+def test_what_cannot_share_a_prefix_says_why_and_is_left_alone(tiny, monkeypatch, spoil, reason):
+    model = tiny("llama")
+    model.requires_grad_(False)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", type(model)._can_set_attn_implementation)  # put back afterwards
+    spoil(model)
+    assert reason in packing.enable(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_chunks_do_not_change_log_probs():
+def test_an_exchanged_attention_is_plain_sdpa_without_a_pack(tiny):
+    """Generation, evaluation and TRL's own path run on the same model: with padding, with a cache, with a soft cap."""
+    for kind, changes in (("llama", {}), ("gemma2", GEMMA2), ("gemma3_text", {"sliding_window": 8})):
+        model = tiny(kind, **changes).eval()
+        ids, mask, _ = batch([(20, [7, 3, 12])])
+        before = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        generated = model.generate(input_ids=ids[:1, :20], max_new_tokens=8, do_sample=False)
+        model.requires_grad_(False)
+        assert packing.enable(model) is None
+        assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], before, atol=1e-5)
+        assert torch.equal(model.generate(input_ids=ids[:1, :20], max_new_tokens=8, do_sample=False), generated)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gemma3_text", {"sliding_window": 8})])
+def test_dialogues_side_by_side_do_not_see_each_other(tiny, kind, changes):
+    """Packing without a prompt: the hidden states are those of each text alone, and another neighbour changes none of them."""
+    model = tiny(kind, **changes)
+    model.requires_grad_(False)
+    texts = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5, 30)]
+    alone = torch.cat([model.base_model(input_ids=t[None]).last_hidden_state[0] for t in texts])
+    assert packing.enable(model) is None
+    row = packing.pack(texts[0][:0], texts)
+    assert torch.allclose(row.hidden(model), alone, atol=1e-5)
+    other = packing.pack(texts[0][:0], [texts[0], texts[1].flip(0), texts[2]]).hidden(model)
+    assert torch.equal(other[:12], row.hidden(model)[:12]) and torch.equal(other[17:], row.hidden(model)[17:])
+    assert row.predictors.tolist() == [*range(11), *range(12, 16), *range(17, 46)]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_log_probs_in_chunks_and_their_gradient_are_those_of_the_whole(softcap):
     torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(16, 50, bias=False), torch.randn(23, 16), torch.randint(0, 50, (23,))
-    whole = (head(hidden) / 0.7).log_softmax(-1)
-    logps, entropies = k.token_logps(hidden, head, targets, 0.7, chunk=5)
+    head, hidden, targets = torch.nn.Linear(16, 50, bias=False), torch.randn(23, 16, requires_grad=True), torch.randint(0, 50, (23,))
+    logits = head(hidden)
+    whole = ((softcap * torch.tanh(logits / softcap) if softcap else logits) / 0.7).log_softmax(-1)
+    upstream = torch.randn(23)
+    (expected,) = torch.autograd.grad((whole.gather(1, targets[:, None])[:, 0] * upstream).sum(), hidden)
+    logps, entropies, best = packing.token_logps(hidden, head, targets, 0.7, softcap, chunk=5)
     assert torch.allclose(logps, whole.gather(1, targets[:, None])[:, 0], atol=1e-6)
     assert torch.allclose(entropies, -(whole.exp() * whole).sum(-1), atol=1e-5)
+    assert torch.equal(best.bool(), whole.argmax(-1) == targets)
+    (logps * upstream).sum().backward()
+    assert torch.allclose(hidden.grad, expected, atol=1e-6)
+
+
+def fixed_rollouts(tokenizer, lengths):
+    """A rollout function without a model: the same completions every time, some of them cut off."""
+
+    def rollout(prompts, trainer):
+        generator = torch.Generator().manual_seed(trainer.state.global_step)
+        G = trainer.num_generations
+        ids = [tokenizer(chat[0]["content"])["input_ids"] for chat in prompts]
+        completions = [torch.randint(100, 2000, (lengths[i % len(lengths)],), generator=generator).tolist() for i in range(len(prompts))]
+        return {"prompt_ids": ids, "completion_ids": [c if i % 3 else [*c, tokenizer.eos_token_id] for i, c in enumerate(completions)], "logprobs": [[-7.0] * (len(c) + (i % 3 == 0)) for i, c in enumerate(completions)], "G": [G] * len(ids)}
+
+    return rollout
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"beta": 0.1}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"gradient_checkpointing": True, "beta": 0.1}, {"num_iterations": 2}],
+    ids=["plain", "reference pass", "micro-batches", "gradient checkpointing", "two updates per rollout"],
+)  # fmt: skip
+def test_whole_steps_equal_those_of_trls_trainer(tiny, renderer, tmp_path, case):
+    """Two optimizer steps of two prompts x four answers on the same rollouts: TRL's GRPOTrainer and ours end at the same weights."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    ours, weights = k.make_grpo_trainer_class(), []
+    for trainer_class in (GRPOTrainer, ours):
+        model = lora(tiny("llama", vocab_size=49152))
+        start = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        config = GRPOConfig(**{**dict(
+            output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, steps_per_generation=case.get("gradient_accumulation_steps", 1), max_completion_length=16, max_steps=2,
+            learning_rate=1e-3, lr_scheduler_type="constant", optim="sgd", loss_type="dapo", temperature=0.9, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, shuffle_dataset=False, seed=0, logging_steps=1, disable_tqdm=True,
+        ), **case})  # fmt: skip
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{word} {word} and then"}]} for word in ("Rain", "A long day in the office", "Tea", "Snow")])
+        reward = lambda completion_ids, **_: [sum(ids) % 97 / 97 for ids in completion_ids]  # noqa: E731
+        trainer = trainer_class(model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=renderer.tokenizer, rollout_func=fixed_rollouts(renderer.tokenizer, [7, 3, 12, 1, 9]))
+        trainer.create_model_card = lambda *_, **__: None
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for name, p in trainer.model.named_parameters() if "lora" in name and "ref" not in name]))
+    moved = (weights[0] - start[: len(weights[0])]).norm()
+    assert moved > 0
+    assert (weights[0] - weights[1]).norm() / moved < 1e-3
+
+
+def test_the_samplers_log_probs_are_the_old_ones_where_the_weights_differ(tiny, renderer, tmp_path):
+    """4-bit in torch, dequantized in llama.cpp: the clipped ratio must start from what was sampled, else it starts from 1."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    ratios = {}
+    for trust in (False, True):
+        config = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=16, max_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, seed=0, disable_tqdm=True)
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Rain"}]}])
+        trainer = k.make_grpo_trainer_class()(model=lora(tiny("llama", vocab_size=49152)), reward_funcs=lambda completion_ids, **_: [float(len(c)) for c in completion_ids], args=config, train_dataset=rows,
+                                              processing_class=renderer.tokenizer, rollout_func=fixed_rollouts(renderer.tokenizer, [7, 3, 12, 1]))  # fmt: skip
+        trainer.create_model_card = lambda *_, **__: None
+        trainer.trust_sampler, seen = trust, []
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (seen.append(inputs.get("old_per_token_logps")), compute(model, inputs))[1]  # noqa: B023
+        trainer.train()
+        ratios[trust] = seen[0]
+    assert ratios[False] is None  # ratio 1: what was sampled is what is trained
+    assert ratios[True] is not None and bool((ratios[True][ratios[True] != 0] == -7.0).all())
 
 
 def test_reward_is_the_weighted_sum_and_unknown_is_never_zero():

@@ -7,7 +7,7 @@ import random
 import pytest
 
 import kardia_lite as k
-from kardia import exam, judge_lora
+from kardia import exam, judge_lora, packing
 from kardia.guards import guard
 from kardia.judge import Item, Judge
 
@@ -228,8 +228,9 @@ def test_a_tiny_judge_learns_its_pairs(tiny):
     from kardia.rubric import Cue
 
     model = get_peft_model(tiny("llama"), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert packing.enable(model.base_model.model) is None
     encode = lambda text: [3 + ord(c) % 90 for c in text]  # noqa: E731
-    margins = judge_lora.Margins(model, encode, [], {"fluency": Cue("?", ("y",), ("n",))}, k.pack_group)
+    margins = judge_lora.Margins(model, encode, [], {"fluency": Cue("?", ("y",), ("n",))})
     rows = [{"criterion": "fluency", "better": f"abc{i}", "worse": f"zyx{i}", "person": "", "situation": "", "messages": [{"role": "user", "content": "u"}]} for i in range(8)]
     losses = []
     judge_lora.train(model, margins, rows, 8, 1e-2, 4, 0, lambda step, steps, loss: losses.append(loss))
@@ -246,9 +247,10 @@ def test_margins_equal_the_plain_way(tiny):
     from kardia.rubric import Cue
 
     model = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert packing.enable(model.base_model.model) is None
     encode = lambda text: [3 + ord(c) % 90 for c in text]  # noqa: E731
     cue = Cue("\nQ?", ("y",), ("n",))
-    margins = judge_lora.Margins(model, encode, [1], {"safety": cue}, k.pack_group)
+    margins = judge_lora.Margins(model, encode, [1], {"safety": cue})
     pair = {"criterion": "safety", "better": "I hear you.", "worse": "Whatever!", "person": "Ana", "situation": "Rain", "messages": [{"role": "user", "content": "hi"}]}
     context = Item("Ana", "Rain", (("user", "hi"),), "").context
     with torch.no_grad():

@@ -79,6 +79,82 @@ def test_log_probs_are_those_of_torch_at_the_temperature(worker, renderer, torch
         assert np.abs(expected.numpy() - sample["logprobs"]).mean() < 0.05
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_sampler_is_the_model_that_torch_trains(worker, gguf, renderer, torch_model, tmp_path, fused):
+    """Mean KL between torch's distribution and the sampler's below 1e-3 nats, with a LoRA, at every token of a group's answers."""
+    import json
+
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    from kardia import export
+
+    torch.manual_seed(0)
+    model = get_peft_model(torch_model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    directory = k.resolve_base(k.EMBEDDED).directory
+    state = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
+    lora = export.write_lora_gguf(model.peft_config["default"].to_dict(), export.lora_pairs(state), json.loads((directory / "config.json").read_text()), tmp_path / "lora.gguf")
+    worker.load("sampler", gguf, fused=fused)
+    worker.set_lora("sampler", lora)
+    try:
+        prompts = [renderer.ids(text) for text in TEXTS[:2]]
+        samples = worker.rollout(prompts, group=4, max_tokens=24, seeds=list(range(8)), stop=[2], role="sampler")
+
+        def divergence():
+            """KL(sampler || torch) from the sampler's tokens: mean of r - 1 - log r, r = p_torch / p_sampler (Schulman's k3)."""
+            values = []
+            for i, sample in enumerate(samples):
+                prompt = prompts[i // 4]
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([prompt + sample["ids"]])).logits[0, len(prompt) - 1 : -1]
+                log_ratio = logits.log_softmax(-1)[range(len(sample["ids"])), sample["ids"]].numpy() - np.array(sample["logprobs"])
+                values += (np.exp(log_ratio) - 1 - log_ratio).tolist()
+            return np.mean(values)
+
+        assert divergence() < 1e-3
+        with model.disable_adapter():
+            assert divergence() > 0.1  # what it would be without the LoRA
+    finally:
+        worker.unload("sampler")
+        model.unload()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_waiting_prompts_take_the_place_of_finished_ones(worker, gguf, renderer, fused):
+    """Four groups where one has room: every log-prob is that of the token behind its own prompt, whoever ended and moved up before."""
+    prompts = [renderer.ids(text) for text in (*TEXTS, "Rain on")]
+    worker.load("turns", gguf, fused=fused)
+    try:
+        samples = worker.rollout(prompts, group=2, max_tokens=16, seeds=list(range(8)), stop=[28, 30, 198, 253, 17], parallel=3, role="turns")
+        assert samples == worker.rollout(prompts, group=2, max_tokens=16, seeds=list(range(8)), stop=[28, 30, 198, 253, 17], parallel=3, role="turns")
+    finally:
+        worker.unload("turns")
+    assert len({len(s["ids"]) for s in samples}) > 2  # they end at different times
+    for i, sample in enumerate(samples):
+        texts = [prompts[i // 2] + sample["ids"][:n] for n in range(len(sample["ids"]))]
+        expected = [float(row[token]) - llama._logsumexp(row) for row, token in zip(worker.next_logits("policy", texts), sample["ids"])]
+        assert np.abs(np.array(expected) - sample["logprobs"]).max() < 0.25 and np.abs(np.array(expected) - sample["logprobs"]).mean() < 0.05
+
+
+def test_a_swapped_lora_keeps_the_context_and_forgets_what_was_in_it(worker, gguf, renderer):
+    worker.load("swapped", gguf)
+    try:
+        prompts = [renderer.ids(text) for text in TEXTS]
+        before = worker.next_logits("swapped", prompts)
+        worker.set_lora("swapped", k.JUDGE_LORA)
+        with_lora = worker.next_logits("swapped", prompts)
+        with pytest.raises(llama.LlamaError, match="cannot apply this LoRA"):
+            worker.set_lora("swapped", gguf)
+        assert np.array_equal(worker.next_logits("swapped", prompts), with_lora)  # a refused one leaves the old one on
+        worker.set_lora("swapped", None)
+        assert np.abs(with_lora - before).max() > 0.1 and np.array_equal(worker.next_logits("swapped", prompts), before)
+    finally:
+        worker.unload("swapped")
+
+
 def test_greedy_and_truncated_sampling(worker, renderer):
     greedy = rollouts(worker, renderer, [1, 2], 1, temperature=0.0)
     assert greedy == rollouts(worker, renderer, [8, 9], 1, temperature=0.0)
@@ -109,7 +185,8 @@ def test_drawing_follows_the_weights_whatever_the_blocks():
         weights = rng.random((1, size)).astype(np.float32) * (rng.random((1, size)) < 0.3)
         weights[0, rng.integers(size)] = 1.0
         for seed in range(50):
-            (token,) = llama._draw(weights, [np.random.default_rng(seed)])
+            (token,), (total,) = llama._draw(weights, [np.random.default_rng(seed)])
+            assert math.isclose(total, weights.sum(dtype=np.float64), rel_tol=1e-6)
             edges = weights[0].cumsum(dtype=np.float64)
             expected = int(np.searchsorted(edges, np.random.default_rng(seed).random() * edges[-1], side="right"))
             assert token == expected and weights[0, token] > 0
