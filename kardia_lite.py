@@ -17,8 +17,9 @@ reward each with r_i, and for every token t of answer i push with
 There is no value network and no learned reward: an answer is good if it beats its own siblings.
 
 Read this file from top to bottom; it is in the order in which a run happens: spans, data, options, policy, SFT, rewards,
-GRPO, evaluation, export and chat, commands. The folder kardia/ holds what a first reader may skip: the wall to
-llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, statistics, the report.
+GRPO, evaluation, export and chat, commands. The folder kardia/ holds what a first reader may skip: rows that share a
+prompt, the wall to llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, statistics,
+the report.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -1062,13 +1064,13 @@ class Answerer:
 
             self.model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=compute_dtype()).eval()
 
-    def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """One answer per prompt, as text."""
+    def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None) -> list[str]:
+        """One answer per prompt, as text; `at` is told how many there are."""
         tokenizer, prompts = self.renderer.tokenizer, [self.renderer.prompt(d) for d in dialogues]
         if self.gguf is not None:
             load_for_rollouts(self.worker, self.gguf)
             self.worker.set_lora("policy", self.lora)
-            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16)
+            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16, progress=at)
             return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
         import torch
 
@@ -1080,6 +1082,8 @@ class Answerer:
             with torch.no_grad():
                 out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
             answers.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+            if at:
+                at(len(answers))
         return answers
 
 
@@ -1104,7 +1108,8 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
             if answerer.name in answers:
                 raise UserError(f"{source}: two models are called {answerer.name}; name each once")
             began = time.time()
-            answers[answerer.name] = answerer.answer(dialogues, options.max_tokens, options.temperature, options.seed)
+            with progress(f"answers of {answerer.name}", len(dialogues)) as at:
+                answers[answerer.name] = answerer.answer(dialogues, options.max_tokens, options.temperature, options.seed, at)
             say(f"  {answerer.name}: {len(dialogues)} answers in {time.time() - began:.0f} s")
         worker.unload("policy")
         judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)

@@ -22,6 +22,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ class _Engine:
         self.lib = llama_cpp
         self.models: dict[str, _Model] = {}
         self.errors: list[str] = []
+        self.tell = lambda done: None  # how many of a long request's parts are done
 
         @llama_cpp.llama_log_callback
         def log(level, text, _):  # llama.cpp's only explanation of a failure is a log line
@@ -295,7 +297,7 @@ class _Engine:
         memory = self.lib.llama_get_memory(entry.ctx)
         logits = np.empty((groups * group, entry.n_vocab), np.float32)  # of the sequences that are live, in their order
         live: list[int] = []  # live[i]: the sample that llama.cpp's sequence i is writing
-        waiting = list(range(len(prompts)))[::-1]
+        waiting, ended = list(range(len(prompts)))[::-1], 0
         while True:
             while waiting and len(live) + group <= groups * group:
                 prompt, first = waiting.pop(), len(live)
@@ -313,6 +315,8 @@ class _Engine:
                 ids = samples[live[seq]]["ids"]
                 if ids[-1] in stop or len(ids) == max_tokens:
                     self._retire(memory, live, seq)
+                    ended += 1
+                    self.tell(ended)
             if live:
                 last = [(samples[s]["ids"][-1], len(prompts[s // group]) + len(samples[s]["ids"]) - 1) for s in live]
                 self._decode(entry, [(token, at, [seq], True) for seq, (token, at) in enumerate(last)])
@@ -499,6 +503,7 @@ def _serve(pipe, parent_path: list[str]) -> None:
             return
         try:
             engine = engine or _Engine()
+            engine.tell = lambda done: pipe.send(("done", done))
             answer = ("ok", getattr(engine, method)(**kwargs))
         except LlamaError as error:
             answer = ("user", str(error))
@@ -525,6 +530,7 @@ class Worker:
         self.info: dict[str, dict] = {}
         self.restarts = 0
         self._process = self._pipe = None
+        self._progress: Callable[[int], None] = lambda done: None
 
     def __enter__(self) -> "Worker":
         return self
@@ -565,7 +571,9 @@ class Worker:
 
     def _exchange(self, method: str, kwargs: dict) -> Any:
         self._pipe.send((method, kwargs))
-        status, answer = self._pipe.recv()
+        while (message := self._pipe.recv())[0] == "done":
+            self._progress(message[1])
+        status, answer = message
         if status == "user":
             raise LlamaError(answer)
         if status == "bug":
@@ -618,10 +626,12 @@ class Worker:
         return self.call("tokenize", role=role, texts=texts, special=special)
 
     def rollout(self, prompts: list[list[int]], *, group: int, max_tokens: int, seeds: list[int], stop: list[int], temperature: float = 1.0,
-                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32) -> list[dict]:
-        """See `_Engine.rollout`. `seeds`: one per completion, prompt-major; the same seeds give the same rollouts."""
+                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32, progress: Callable[[int], None] | None = None) -> list[dict]:
+        """See `_Engine.rollout`. `seeds`: one per completion, prompt-major; the same seeds give the same rollouts.
+        `progress` is told how many completions have ended."""
         if len(seeds) != len(prompts) * group:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {group}")
+        self._progress = progress or (lambda done: None)
         return self.call("rollout", role=role, prompts=prompts, group=group, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
                          min_p=min_p, seeds=seeds, stop=stop, parallel=parallel)
 

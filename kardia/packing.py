@@ -38,9 +38,15 @@ class Pack:
 
     def hidden(self, causal_lm):
         """Hidden states of the row under a causal LM whose attention was switched by `enable`: [L, H]."""
-        # A 4-D mask is "made already" to transformers, which then makes none of its own; ours never looks at it.
-        body = causal_lm.base_model
-        return body(input_ids=self.ids, position_ids=self.positions, attention_mask=self.ids[None, None], use_cache=False, pack=self).last_hidden_state[0]
+        import torch
+        from peft.helpers import disable_input_dtype_casting
+
+        # PEFT makes a float32 copy of every LoRA's input, which autocast turns back into half precision; both would be kept
+        # for the backward pass: a third of all activations.
+        with disable_input_dtype_casting(causal_lm, active=torch.is_autocast_enabled(self.ids.device.type)):
+            # A 4-D mask is "made already" to transformers, which then makes none of its own; ours never looks at it.
+            mask = self.ids[None, None]
+            return causal_lm.base_model(input_ids=self.ids, position_ids=self.positions, attention_mask=mask, use_cache=False, pack=self).last_hidden_state[0]
 
     def visible(self, window: int | None):
         """What a segment's tokens see of [prompt, segment]: bool [C, P + C]; `window`: the last so many tokens, itself included."""

@@ -1,6 +1,6 @@
 """A GRPO step, ours against plain TRL: the same model, prompts, seed, group, lengths and criteria, in one run, step by step.
 
-    python tests/bench_grpo.py [--from RUN] [--steps 3] [--sweep] [--json FILE]
+    python tests/bench_grpo.py [--from RUN] [--steps 3] [--sweep] [--json FILE]      (bench_learning.py: do both learn the same?)
 
 Each trainer lives in a process of its own (in one process the thread pools of torch and two llama.cpps slow each other: TRL
 took 47 s a step there and 30 s alone) and they take turns, one step each, so that a noisy machine is noisy to both. Timed:
@@ -22,6 +22,7 @@ frozen: its backward pass needs the gradient of the activations only).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -54,8 +55,17 @@ class Work:
         self.renderer = k.Renderer(k.load_tokenizer(self.base))
         self.dialogues = k.load_rows([k.DATA / "prompts.jsonl"], self.rubric, "prompt")
         random.Random(0).shuffle(self.dialogues)
+        if getattr(arguments, "prompt", 0):
+            self.dialogues = [self.stretched(d, arguments.prompt) for d in self.dialogues[:8]]
         self.options = k.GRPOOptions(group_size=self.group, max_tokens=self.tokens, steps=arguments.steps + 1, learning_rate=2e-5, save_steps=10**6)
         self.folder = Path(tempfile.mkdtemp(prefix="bench-grpo-"))
+
+    def stretched(self, dialogue, tokens: int):
+        """The same dialogue with a prompt of about so many tokens: its situation repeated or cut."""
+        bare = dataclasses.replace(dialogue, person="-", situation="-")
+        room = tokens - len(self.renderer.prompt(bare))
+        text = f"{dialogue.situation} {dialogue.person} " * (1 + max(0, room) // 20)
+        return dataclasses.replace(bare, situation=self.renderer.tokenizer.decode(self.renderer.ids(text)[: max(1, room)]))
 
     def policy(self):
         return k.load_policy(self.base, "transformers", 16, adapter=self.run.adapter if self.run else None)
@@ -159,11 +169,11 @@ def child(arguments) -> None:
     print(json.dumps({"peak_gb": sampler.peak}), flush=True)
 
 
-def race(arguments) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
+def race(arguments, names: tuple[str, ...] = ("ours", "plain")) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
     """Both trainers, a step each in turn. Returns (seconds per trainer, part and step; peak GB per trainer). The first step of each is not counted."""
-    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens)]
+    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt)]
     command += ["--from", str(arguments.source)] if arguments.source else []
-    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in ("ours", "plain")}
+    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names}
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in children}
     try:
         for step in range(arguments.steps + 1):
@@ -208,16 +218,14 @@ def timed_seconds(work) -> float:
     return time.perf_counter() - began
 
 
-def sweep(arguments) -> list[dict]:
-    """How the cost grows: rollout and update of one group, ours and TRL's, for group sizes, prompt and completion lengths."""
+def sweep(arguments, middle: dict[str, list[float]]) -> list[dict]:
+    """How our cost grows with the group, the prompt and the answers: medians of two counted steps; `middle` is the race already run."""
     rows = []
-    for key, values in (("group_size", (4, 8, 16)), ("tokens", (65, 130, 260))):
+    for key, values in (("group_size", (4, 0, 16)), ("prompt", (150, 0, 600)), ("tokens", (65, 0, 260))):
         for value in values:
-            changed = argparse.Namespace(**{**vars(arguments), key: value, "steps": 1})
-            seconds, _ = race(changed)
-            row = {key: value, **{name: {part: times[part][-1] for part in PARTS} for name, times in seconds.items()}}
-            rows.append(row)
-            print(f"{key} {value}: " + "; ".join(f"{part} {row['ours'][part]:.1f} against {row['plain'][part]:.1f} s" for part in PARTS), flush=True)
+            seconds = race(argparse.Namespace(**{**vars(arguments), key: value, "steps": 2}), ("ours",))[0]["ours"] if value else middle
+            rows.append({key: value or getattr(arguments, key), **{part: statistics.median(seconds[part]) for part in PARTS}})
+            print(f"{key:<10} {rows[-1][key] or 'as it is':>8}: " + ", ".join(f"{part} {rows[-1][part]:.1f} s" for part in PARTS), flush=True)
     return rows
 
 
@@ -227,6 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=130, help="length of every completion")
+    parser.add_argument("--prompt", type=int, default=0, help="stretch or cut every prompt to about so many tokens (0: as they are)")
     parser.add_argument("--sweep", action="store_true", help="also measure other group sizes and lengths (minutes)")
     parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -251,7 +260,7 @@ def main() -> None:
     print(f"floor at {least['flops'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:.1f} GB/s, measured here")
     print(f"peak memory: ours {peaks['ours']:.1f} GB, TRL {peaks['plain']:.1f} GB (each with all its processes)")
     if arguments.sweep:
-        figures["sweep"] = sweep(arguments)
+        figures["sweep"] = sweep(arguments, seconds["ours"])
     if arguments.json:
         write_json(arguments.json, json.loads(json.dumps(figures)))
 

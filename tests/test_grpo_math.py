@@ -226,6 +226,35 @@ def test_the_samplers_log_probs_are_the_old_ones_where_the_weights_differ(tiny, 
     assert ratios[True] is not None and bool((ratios[True][ratios[True] != 0] == -7.0).all())
 
 
+def test_sft_steps_equal_those_of_trls_trainer(tiny, renderer, tmp_path):
+    """Dialogues of very different lengths, two per pass: TRL pads them, ours lays them side by side. Same losses, accuracies and weights."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    generator, rows = torch.Generator().manual_seed(0), []
+    for n in (40, 7, 23, 64, 12, 31, 9, 55):
+        ids = torch.randint(100, 2000, (n,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100 if i < 3 or 10 < i < 15 else token for i, token in enumerate(ids)]})
+    weights, logs = [], []
+    for ours in (False, True):
+        model = lora(tiny("llama", vocab_size=49152))
+        config = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant", max_length=None,
+                           save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0, logging_steps=1, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+        if ours:
+            assert packing.enable(model.base_model.model) is None
+        trainer_class, collator = (k.make_sft_trainer_class(), k.side_by_side) if ours else (SFTTrainer, None)
+        trainer = trainer_class(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=renderer.tokenizer, data_collator=collator)
+        trainer.create_model_card = lambda *_, **__: None
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    start = torch.cat([p.detach().flatten() for p in lora(tiny("llama", vocab_size=49152)).parameters() if p.requires_grad])
+    assert (weights[0] - weights[1]).norm() / (weights[0] - start).norm() < 1e-3
+    for plain, packed in zip(*logs, strict=True):
+        assert math.isclose(plain["loss"], packed["loss"], rel_tol=1e-4) and math.isclose(plain["num_tokens"], packed["num_tokens"])
+        assert math.isclose(plain["mean_token_accuracy"], packed["mean_token_accuracy"], abs_tol=1e-3)
+
+
 def test_reward_is_the_weighted_sum_and_unknown_is_never_zero():
     weights = {"format": 1 / 3, "emotion": 1 / 3, "rubric": 1 / 3}
     known = k.Reward({"format": 1.0, "emotion": 0.0, "rubric": 0.5}, {}, None)
