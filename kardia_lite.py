@@ -533,6 +533,7 @@ def make_sft_trainer_class():
             for name, values in (("entropy", entropies), ("mean_token_accuracy", right)):
                 self._metrics["train"][name].append(values.mean().item())
             self._total_train_tokens += len(ids)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             shares = self.accelerator.num_processes if num_items_in_batch is not None else 1  # the count is of all processes, the gradient their mean
             return -logps.sum() / (len(trained) if num_items_in_batch is None else num_items_in_batch) * shares
 
