@@ -32,20 +32,20 @@ def say(text: str = "") -> None:
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Something long is going on: a bar with the time left on a terminal, else a line every tenth once it takes longer than 5 s (stderr).
+    """Something long is going on: a bar with the time left on a terminal, else a line every tenth, at most every 10 s (stderr).
 
     Yields `at(done, total=None)`; `done` is in any unit, absolute.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console, told, began = Console(stderr=True), [0], time.time()
+    console, told = Console(stderr=True), [0, time.time()]
     if not console.is_terminal:
 
         def tell(done: float, of: float | None = None) -> None:
             of = of or total
-            if of and done * 10 // of > told[0] and time.time() - began > 5:
-                told[0] = int(done * 10 // of)
+            if of and done * 10 // of > told[0] and time.time() - told[1] > 10:
+                told[:] = int(done * 10 // of), time.time()
                 say(f"  {title} {told[0] * 10}%")
 
         yield tell
