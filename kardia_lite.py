@@ -790,7 +790,7 @@ def make_grpo_trainer_class():
 
         def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
             super().__init__(*arguments, **more)
-            self.hindrance = packing.enable(self.model.base_model.model) if share_prefix else "it was not asked for"
+            self.hindrance = packing.enable(self.model.base_model.model) if share_prefix else "its own kernels"
             self.share_prefix = self.hindrance is None
 
         def _prepare_inputs(self, generation_batch):

@@ -4,7 +4,8 @@ Torch lives on one side, llama.cpp on the other. The worker (spawned, its own Op
 rollouts, the policy's base with the current LoRA. When llama.cpp aborts, the training process survives: `Worker.call`
 starts a new worker, loads the same models again and replays the request once.
 
-    Worker.rollout   prompt decoded once, its KV cells shared by the group (llama_memory_seq_cp), batched sampling
+    Worker.rollout   prompt decoded once, its KV cells shared by the group or copied (llama_memory_seq_cp), batched sampling,
+                     waiting prompts take the place of finished ones
     Worker.branches  log-probabilities of continuations of one context: the only question the judge ever asks
 
 Inside the worker everything is token ids and numpy; texts are tokenized with special=False unless the text is ours,
