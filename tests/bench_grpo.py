@@ -24,7 +24,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -173,16 +175,19 @@ def race(arguments, names: tuple[str, ...] = ("ours", "plain")) -> tuple[dict[st
     """Both trainers, a step each in turn. Returns (seconds per trainer, part and step; peak GB per trainer). The first step of each is not counted."""
     command = [sys.executable, __file__, "--steps", str(arguments.steps), "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt)]
     command += ["--from", str(arguments.source)] if arguments.source else []
-    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names}
+    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True) for name in names}
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in children}
     try:
         for step in range(arguments.steps + 1):
             for name, process in children.items():
+                os.killpg(process.pid, signal.SIGCONT)
                 process.stdin.write("go\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
                 if not line:
                     raise SystemExit(f"{name} ended with exit code {process.wait()}")
+                if step < arguments.steps:
+                    os.killpg(process.pid, signal.SIGSTOP)  # threads that still spin would slow the other one
                 times = json.loads(line)
                 print(f"{name:<6} step {step + 1}: " + ", ".join(f"{part} {times[part]:.2f} s" for part in PARTS), file=sys.stderr, flush=True)
                 if step:  # the first one allocates, compiles kernels, fills caches
@@ -191,7 +196,7 @@ def race(arguments, names: tuple[str, ...] = ("ours", "plain")) -> tuple[dict[st
         peaks = {name: json.loads(process.stdout.readline())["peak_gb"] for name, process in children.items()}
     finally:
         for process in children.values():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
     return seconds, peaks
 
 
