@@ -528,8 +528,7 @@ def make_sft_trainer_class():
             trained = (labels != -100).nonzero()[:, 0]
             row = packing.pack(ids[:0], ids.split(inputs["lengths"]))
             with self.accelerator.autocast():
-                hidden = row.hidden(causal_lm)[trained - 1]
-                logps, entropies, right = packing.token_logps(hidden, causal_lm.get_output_embeddings(), labels[trained], 1.0, packing.final_softcap(causal_lm.config))
+                logps, entropies, right = row.logps(causal_lm, trained - 1, labels[trained])
             for name, values in (("entropy", entropies), ("mean_token_accuracy", right)):
                 self._metrics["train"][name].append(values.mean().item())
             self._total_train_tokens += len(ids)
@@ -832,8 +831,7 @@ def make_grpo_trainer_class():
             completions = [row[mask] for row, mask in zip(input_ids[:, -logits_to_keep:], keep[:, -logits_to_keep:])]
             row = packing.pack(prompt, completions)
             with self.accelerator.autocast():
-                hidden = row.hidden(causal_lm)[row.predictors]
-                return packing.token_logps(hidden, causal_lm.get_output_embeddings(), torch.cat(completions), self.temperature, packing.final_softcap(causal_lm.config))
+                return row.logps(causal_lm, row.predictors, torch.cat(completions), self.temperature)
 
     return KardiaGRPOTrainer
 

@@ -4,7 +4,7 @@
 
 A row of P + sum C_i tokens replaces G rows of P + C_i. All layers but attention work token by token and need not know.
 Attention does: a [L, L] mask over the whole row would be exact, but computes (P + G C)^2 scores to keep the G C (P + C) that
-count. So queries and keys of the segments are laid out as a batch of their own (SharedPrefixAttention below), behind the
+count. So queries and keys of the segments are laid out as a batch of their own (`shared_prefix_attention` below), behind the
 keys of the prompt. transformers hands its attention functions whatever a caller adds to the model's forward, here `pack`.
 
 `token_logps` is the other half: log-probabilities of the tokens that were drawn, and their gradient, without ever
@@ -47,6 +47,11 @@ class Pack:
             # A 4-D mask is "made already" to transformers, which then makes none of its own; ours never looks at it.
             mask = self.ids[None, None]
             return causal_lm.base_model(input_ids=self.ids, position_ids=self.positions, attention_mask=mask, use_cache=False, pack=self).last_hidden_state[0]
+
+    def logps(self, causal_lm, at, targets, temperature: float = 1.0):
+        """`token_logps` of targets [N] predicted at the places `at` [N] of the row."""
+        config = causal_lm.config.get_text_config()
+        return token_logps(self.hidden(causal_lm)[at], causal_lm.get_output_embeddings(), targets, temperature, getattr(config, "final_logit_softcapping", None))
 
     def visible(self, window: int | None):
         """What a segment's tokens see of [prompt, segment]: bool [C, P + C]; `window`: the last so many tokens, itself included."""
@@ -171,17 +176,13 @@ def _probe(causal_lm, tokens: int = 24) -> float:
     with torch.no_grad(), torch.autocast(device.type, causal_lm.dtype, enabled=causal_lm.dtype in (torch.bfloat16, torch.float16)):
         row = pack(text[0], [text[1], text[2][: tokens // 2]])
         wanted = torch.cat([text[1], text[2][: tokens // 2]])
-        packed, *_ = token_logps(row.hidden(causal_lm)[row.predictors], causal_lm.get_output_embeddings(), wanted, 1.0, final_softcap(causal_lm.config))
+        packed, *_ = row.logps(causal_lm, row.predictors, wanted)
         plain = []
         for segment in (text[1], text[2][: tokens // 2]):
             logits = causal_lm(input_ids=torch.cat([text[0], segment])[None], use_cache=False).logits[0, tokens - 1 : -1].float()
             plain.append(logits.log_softmax(-1).gather(-1, segment[:, None])[:, 0])
     causal_lm.train(training)
     return float((packed - torch.cat(plain)).abs().mean())
-
-
-def final_softcap(config) -> float | None:
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def token_logps(hidden, head, targets, temperature: float, softcap: float | None = None, chunk: int = 128):
