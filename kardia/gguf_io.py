@@ -1,0 +1,301 @@
+"""GGUF in, GGUF out: no converter, no network.
+
+A GGUF base is imported once into a plain Hugging Face directory (`import_gguf`); what leaves is written into a copy of a GGUF
+of the same base (`write_gguf`): metadata and tokenizer stay verbatim, tensors are replaced. For the six architectures below
+every tensor so written was compared with llama.cpp's own converter on random models, in f32, f16, bf16 and q8_0: equal bit
+for bit. Others go through that converter (`convert`), if a directory of llama.cpp is given.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, lora_scale, reason
+
+# architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
+ARCHITECTURES = {
+    "llama": ("llama", True, False),
+    "mistral": ("llama", True, False),
+    "qwen2": ("qwen2", False, False),
+    "qwen3": ("qwen3", False, False),
+    "gemma2": ("gemma2", False, True),
+    "gemma3_text": ("gemma3", False, True),
+}
+WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # the others by llama.cpp's quantizer
+NEEDS_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "q2_k_s")  # llama.cpp refuses them without calibration data
+
+
+def file_types() -> tuple[str, ...]:
+    """Every type llama.cpp can write, by its lower-case name; the exact ones first."""
+    from gguf import LlamaFileType
+
+    names = [name.removeprefix("MOSTLY_").lower() for name in LlamaFileType.__members__ if name.startswith("MOSTLY_")]
+    return (*WRITTEN_HERE, *(name for name in names if name not in WRITTEN_HERE))
+
+
+def architecture_of(config: dict, what: str) -> tuple[str, bool, bool]:
+    kind = config.get("model_type", "?")
+    if kind not in ARCHITECTURES:
+        raise ExportError(f"{what}: architecture {kind!r} has no GGUF mapping here ({', '.join(ARCHITECTURES)}); export --formats merged works for all, --llama-cpp DIR for what llama.cpp converts")
+    return ARCHITECTURES[kind]
+
+
+def _names(config: dict) -> Callable[[str], str]:
+    """Hugging Face's tensor name -> GGUF's."""
+    import gguf
+
+    kind = {name: value for value, name in gguf.MODEL_ARCH_NAMES.items()}[architecture_of(config, "config.json")[0]]
+    table = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+
+    def name_of(name: str) -> str:
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ExportError(f"{name}: no GGUF tensor of {architecture_of(config, '')[0]} corresponds to it")
+        return found
+
+    return name_of
+
+
+def _permute(rows, n_head: int):
+    """Row order of q/k for GGUF's rotary layout: [heads, 2, half, ...] -> [heads, half, 2, ...]. Works on W [out, in] and on LoRA's B [out, r]."""
+    shape = rows.shape
+    if shape[0] % (2 * n_head):
+        raise ExportError(f"{shape[0]} rows do not divide among {n_head} heads: tensor of another base")
+    return rows.reshape(n_head, 2, shape[0] // n_head // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+
+def _heads(name: str, config: dict) -> int | None:
+    """Number of heads if `name` is a q or k projection (the tensors GGUF's llama permutes), else None."""
+    if ".q_proj" in name:
+        return config["num_attention_heads"]
+    if ".k_proj" in name:
+        return config.get("num_key_value_heads") or config["num_attention_heads"]
+    return None
+
+
+def gguf_tensors(weights: Weights) -> dict[str, Callable]:
+    """{GGUF tensor name: function returning its float32 values} for each tensor of a model, in GGUF's own layout."""
+    config = weights.config
+    _, permuted, norm_plus_one = architecture_of(config, str(weights.directory))
+    name_of, found = _names(config), {}
+    for name in weights:
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue
+
+        def values(name=name):
+            tensor = weights.read(name)
+            if permuted and (heads := _heads(name, config)):
+                tensor = _permute(tensor, heads)
+            return (tensor + 1 if norm_plus_one and name.endswith("norm.weight") else tensor).numpy()
+
+        found[name_of(name)] = values
+    return found
+
+
+# ---------------------------------------------------------------------------------- out
+
+
+def check_template(template: Path, weights: Weights) -> None:
+    """Raises ExportError unless the GGUF `template` is of the same model: architecture, layers, width, vocabulary."""
+    import gguf
+
+    reader, config = gguf.GGUFReader(template), weights.config
+    field = lambda key: found.contents() if (found := reader.get_field(key)) is not None else None  # noqa: E731
+    if (field("split.count") or 1) > 1:
+        raise ExportError(f"{template}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
+    architecture, wanted = field("general.architecture"), architecture_of(config, str(weights.directory))[0]
+    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    rows = int(embedding.shape[1]) if embedding is not None else None
+    theirs = architecture, field(f"{architecture}.block_count"), field(f"{architecture}.embedding_length"), rows
+    embed = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
+    ours = wanted, config["num_hidden_layers"], config["hidden_size"], weights.shape(embed)[0] if embed else None
+    if theirs != ours:
+        told = ["{} of {} layers x {}, {} tokens".format(*facts) for facts in (theirs, ours)]
+        raise ExportError(f"{template}: a {told[0]}; the model is a {told[1]}: give a GGUF of the same model, of any type")
+
+
+def _copy_metadata(reader, writer, metadata: dict) -> None:
+    from gguf import GGUFValueType
+
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type", "general.quantization_version", *metadata):
+            continue
+        kind = field.types[0]
+        writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    for key, value in metadata.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+
+
+def _plan(reader, file_type: str):
+    """[(tensor, shape, type it will have)] of a copy in `file_type`: norms and biases stay exact, as llama.cpp expects."""
+    import gguf
+
+    exact, wanted = gguf.GGMLQuantizationType.F32, getattr(gguf.GGMLQuantizationType, file_type.upper())
+    plan = []
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        kind = wanted if len(shape) > 1 else exact
+        if kind == gguf.GGMLQuantizationType.Q8_0 and shape[-1] % 32:
+            kind = gguf.GGMLQuantizationType.F16
+        plan.append((tensor, shape, kind))
+    return plan
+
+
+def write_gguf(template: Path, target: Path, file_type: str, replace: dict | None = None, metadata: dict | None = None) -> Path:
+    """Write `target`: metadata of the GGUF `template` (`metadata` adds to it or replaces some), its tensors in `file_type` (f32,
+    f16, bf16 or q8_0). `replace`: {GGUF name: function returning float32 [rows, columns]}, then of all weights. One tensor is in memory at a time."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(template)
+    plan, names = _plan(reader, file_type), {tensor.name for tensor in reader.tensors}
+    if replace and "output.weight" in names - set(replace):  # some converters write tied embeddings twice
+        replace = {**replace, "output.weight": replace["token_embd.weight"]}
+    if replace and (extra := sorted(set(replace) - names)):
+        raise ExportError(f"{template}: the template has no tensor {extra[0]!r}: it is of another model")
+    if replace and (left := sorted(name for name in names - set(replace) if not name.startswith("rope_"))):
+        raise ExportError(f"{template}: the template has a tensor {left[0]!r} that the model has not: it is of another model")
+    temporary = atomic(target)
+    writer = gguf.GGUFWriter(temporary, reader.get_field("general.architecture").contents())
+    _copy_metadata(reader, writer, metadata or {})
+    writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor, shape, kind in plan:
+        exact = kind == gguf.GGMLQuantizationType.F32
+        n_bytes = int(np.prod(shape)) * 4 if exact else int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=None if exact else kind)
+
+    def tensors():
+        for tensor, shape, kind in plan:
+            values = replace[tensor.name]() if replace and tensor.name in replace else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = np.ascontiguousarray(values, dtype=np.float32)
+            if values.shape != shape:
+                raise ExportError(f"{tensor.name}: shape {values.shape} does not fit the template's {shape}: another model's GGUF?")
+            yield gguf.quants.quantize(values, kind)
+
+    return _finish(writer, temporary, target, tensors())
+
+
+def _finish(writer, temporary: Path, target: Path, tensors) -> Path:
+    """Header, metadata, tensors; then the file gets its name. Nothing is left under any name if that fails."""
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor)
+        writer.close()
+        os.replace(temporary, target)
+    finally:
+        try:
+            writer.close()
+        except OSError:  # a full disk again, while flushing what is thrown away
+            pass
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def write_lora_gguf(adapter_config: dict, pairs: dict, base_config: dict, target: Path, half: bool = False) -> Path:
+    """A PEFT LoRA as llama.cpp's GGUF adapter, float32 or (`half`) float16. Only B of q/k is permuted (A is on the input side).
+
+    llama.cpp multiplies B @ A by one alpha over the tensor's own rank; PEFT's scale (rsLoRA, a module's own alpha or rank)
+    is folded into B so that the product is the same.
+    """
+    import gguf
+    import numpy as np
+
+    architecture, permuted, _ = architecture_of(base_config, "LoRA")
+    name_of, dtype, alpha = _names(base_config), np.float16 if half else np.float32, float(adapter_config["r"])
+    tensors = {}
+    for module, (a, b) in sorted(pairs.items()):
+        rank = a.shape[0]
+        rows = b.float().numpy() * (lora_scale(adapter_config, module, rank) * rank / alpha)
+        if permuted and (heads := _heads(module, base_config)):
+            rows = _permute(rows, heads)
+        name = name_of(f"{module}.weight")
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.float().numpy(), dtype=dtype)
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(rows, dtype=dtype)
+    temporary = atomic(target)
+    writer = gguf.GGUFWriter(temporary, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, values in tensors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    return _finish(writer, temporary, target, tensors.values())
+
+
+def convert(llama_cpp: Path, directory: Path, target: Path, file_type: str) -> Path:
+    """llama.cpp's own converter on a Hugging Face directory, for `file_type` f32, f16, bf16 or q8_0."""
+    temporary = atomic(target)
+    command = [sys.executable, str(converter(llama_cpp)), str(directory), "--outtype", file_type, "--outfile", str(temporary)]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if done.returncode != 0 or not temporary.is_file():
+            told = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            raise ExportError(f"{converter(llama_cpp)}: failed on {directory} ({told[-1][:300] if told else f'exit {done.returncode}'})")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def converter(llama_cpp: Path) -> Path:
+    script = llama_cpp / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise ExportError(f"{llama_cpp}: no convert_hf_to_gguf.py there; --llama-cpp wants a checkout of llama.cpp's source")
+    return script
+
+
+# ---------------------------------------------------------------------------------- in
+
+
+def import_tokenizer(source: Path):
+    """The tokenizer of a GGUF. Two of transformers' gaps are closed: it takes the special tokens from a class default
+    instead of the file (SmolLM2's end token becomes <|im_start|>, and the model would never learn to stop), and it would
+    strip spaces before punctuation when decoding."""
+    import gguf
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ExportError(f"{source}: transformers cannot read this GGUF's tokenizer ({reason(error)})") from error
+    reader = gguf.GGUFReader(source)
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    for name in ("bos", "eos", "padding", "unknown"):
+        field = reader.get_field(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            setattr(tokenizer, {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token"), tokens.contents(int(field.contents())))
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+def import_gguf(source: Path, target: Path) -> Path:
+    """Dequantize a GGUF into a Hugging Face directory `target` (bfloat16 safetensors, tokenizer, chat template).
+
+    transformers does the reading; it keeps a quantizer on the dequantized model, which is taken off here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    tokenizer = import_tokenizer(source)
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ExportError(f"{source}: transformers cannot import this GGUF ({reason(error)}); give the model's Hugging Face directory") from error
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    temporary = atomic(target)
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    add_compatibility_keys(temporary)
+    os.replace(temporary, target)
+    return target
