@@ -15,7 +15,7 @@ CUDA   := $(if $(shell command -v nvcc 2>/dev/null),$(if $(findstring gpu,$(PINS
 demo: $(VENV)/ready
 	$(BIN)/python kardia_lite.py demo
 
-test: $(VENV)/ready
+test: $(VENV)/ready-to-test
 	$(BIN)/python -m pytest -q tests
 
 bench: $(VENV)/ready
@@ -30,6 +30,10 @@ $(VENV)/ready: requirements.txt requirements-gpu.txt kardia/slim.cmake
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	@echo "building llama.cpp and installing the rest: a few minutes"
 	CMAKE_ARGS="$(SLIM) $(CUDA) $(CMAKE_ARGS)" $(BIN)/python -m pip install --quiet -r $(PINS)
+	touch $@
+
+$(VENV)/ready-to-test: tests/requirements.txt $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
 clean:

@@ -1228,6 +1228,8 @@ def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[
     trained = torch_logits(model, prompts)
     with model.disable_adapter():
         before = torch_logits(model, prompts)
+    if run.facts["bits"] == 16:
+        model = model.merge_and_unload().to(compute_dtype())  # in float32, then rounded: the same model, twice as fast
     answers = torch_answers(model, renderer.tokenizer, [renderer.prompt(d) for d in asked], max_tokens)
     kl, agreement = export.kl_and_agreement(trained, before)
     say(f"  training moved the base by KL {kl:.2g} (it would say the same next token in {agreement:.0%} of {len(prompts)} places); each export must stay far below that")
@@ -1250,14 +1252,17 @@ def measure(artefact: export.Artefact, by: Yardstick, base: Base, bits: int, ren
         worker.unload("export")
     else:
         model = load_policy(base, "transformers", bits, adapter=artefact.path, dtype=dtype).eval() if artefact.loader == "peft" else load_plain(artefact.path, dtype)
-        logits, answers = torch_logits(model, by.prompts), torch_answers(model, renderer.tokenizer, questions, max_tokens)
+        logits, answers = torch_logits(model, by.prompts), []
+        if artefact.loader != "peft" or base.template is None:  # else the same LoRA answers as GGUF, and faster
+            model = model.to(compute_dtype()) if artefact.loader == "transformers" else model
+            answers = torch_answers(model, renderer.tokenizer, questions, max_tokens)
     kl, agreement = export.kl_and_agreement(by.trained, logits)
     share = export.kept(by.before, by.trained, logits)
     exact = artefact.loader != "llama.cpp" or artefact.name in ("f32", "f16", "bf16")
     verdict, why = export.verdict(kl, by.kl, share, quantized=not exact)
     if told.get("same_tokens", 1.0) < 0.5:
         verdict, why = "lost", "llama.cpp splits text into other tokens with it: the GGUF's tokenizer is not the model's; give another --gguf-template"
-    return {"kl": kl, "kl_base": by.kl, "kept": share, "agreement": agreement, "same_answers": sum(a == b for a, b in zip(answers, by.answers)), **told, "verdict": verdict, "why": why, "ok": verdict != "lost"}, answers
+    return {"kl": kl, "kl_base": by.kl, "kept": share, "agreement": agreement, **told, "verdict": verdict, "why": why, "ok": verdict != "lost"}, answers
 
 
 def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, Any]:
@@ -1281,15 +1286,16 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
         dtype = proof_dtype(exporter.weights.count())
         by, answers = measure_trained(base, run, prompts, asked, renderer, options.max_tokens, dtype), {}
         for kind in formats:
-            began = time.time()
             if kind == "modelfile":
                 book["formats"][kind] = exporter.write_modelfile(book, worker, **ollama(renderer, rows[:50]))
                 continue
+            began = time.time()
             for artefact in exporter.write(kind, worker.quantize):
                 row, answers[artefact.name] = measure(artefact, by, base, run.facts["bits"], renderer, worker, options.max_tokens, dtype)
                 book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.time() - began, 1)})
                 exporter.save(book)  # what is done stays done if the rest is interrupted
                 say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept, {row['verdict']}  {row['seconds']:.0f} s")
+                began = time.time()
         if asked:
             rescore(book, {"(trained)": by.answers, **answers}, asked, rubric, judge, options, worker)
     exporter.save(book)
@@ -1317,6 +1323,8 @@ def rescore(book: dict[str, Any], answers: dict[str, list[str]], asked: list[Dia
     """The judge reads the answers of the trained model and of each export; mean scores go into the book."""
     referee, _ = open_judge(worker, judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
     for name, texts in answers.items():
+        if not texts:
+            continue
         rewards = score_answers(list(zip(asked, texts)), rubric, referee, whole_text=True)
         known = [r.components["rubric"] for r in rewards if r.components["rubric"] is not None]
         entry = book["formats"][name] if name in book["formats"] else book.setdefault("trained", {})

@@ -148,10 +148,9 @@ class Exporter:
 
     def write_modelfile(self, book: dict, worker, **how) -> dict:
         """Ollama's Modelfile for the smallest GGUF that passed its proof; `how` goes to `clients.modelfile`."""
-        good = [e for e in book["formats"].values() if e["ok"] and e.get("loader") == "llama.cpp"]
-        if not good:
+        gguf = best_gguf(book)
+        if gguf is None:
             raise ExportError("modelfile: no GGUF has passed its proof, so there is nothing to describe")
-        gguf = Path(min(good, key=lambda e: e["bytes"])["path"])
         facts = worker.load("export", gguf)
         worker.unload("export")
         text, why = clients.modelfile(gguf.name, add_bos=facts["add_bos"], context=min(4096, facts["n_ctx_train"]), **how)
@@ -288,6 +287,12 @@ def verdict(kl_export: float, kl_base: float, share: float, quantized: bool = Fa
     return "lost", told
 
 
+def best_gguf(book: dict) -> Path | None:
+    """The smallest GGUF that passed its proof without a remark, else the smallest that passed."""
+    good = [e for e in book["formats"].values() if e["ok"] and e.get("loader") == "llama.cpp"]
+    return Path(min(good, key=lambda e: (e["verdict"] != "ok", e["bytes"]))["path"]) if good else None
+
+
 def table(book: dict) -> str:
     """The drift table: each thing that was written, how far it is from the trained model, and how its answers are judged."""
     judged = (book.get("trained") or {}).get("rubric")
@@ -295,12 +300,12 @@ def table(book: dict) -> str:
     if judged is not None:
         lines.append(f"{'(trained)':<10} {'':>9}  {'':>8}  {'':>11}  {'':>5}  {'':>10}  {book['trained']['valid']:>5.0%}  {judged:>6.2f}")
     for name, entry in book["formats"].items():
-        cells = [f"{name:<10} {entry['bytes'] / 1e6:>6,.0f} MB"]
+        cells = [f"{name:<10} {entry['bytes'] / 1e6:>6,.0f} MB"] if entry["verdict"] != "text" else [f"{name:<10}"]
         if entry.get("kl") is not None:
             cells.append(f"{entry['kl']:>8.1e}  {entry['kl'] / max(entry['kl_base'], NOTHING):>11.2%}  {entry['kept']:>5.0%}  {entry['agreement']:>10.0%}")
             cells.append(f"{entry['valid']:>5.0%}  {entry['rubric']:>6.2f}" if entry.get("rubric") is not None else f"{'-':>5}  {'-':>6}")
         cells.append({"ok": "ok", "text": "", "noisy": "NOISY", "lost": "LOST"}[entry["verdict"]])
-        lines.append("  ".join(cells) + f"  {entry['path']}")
+        lines.append("  ".join(cells).ljust(len(lines[0])) + f"  {Path(entry['path']).name}")
     return "\n".join(lines)
 
 
@@ -314,9 +319,8 @@ def advice(book: dict) -> list[str]:
             lines.append(f"{name}: llama.cpp splits {1 - entry['same_tokens']:.0%} of the proof's texts into other tokens than training did")
         if name == "modelfile" and entry["why"]:
             lines.append(f"modelfile: no template in it ({entry['why']}); Ollama goes by the one in the GGUF")
-    ggufs = [entry["path"] for entry in book["formats"].values() if entry["ok"] and entry.get("loader") == "llama.cpp"]
-    if ggufs:
-        lines += ["", "talk to it:", *(f"  {line}" for line in [f"python kardia_lite.py chat {ggufs[-1]}", *clients.command_lines(Path(ggufs[-1]))[: 3 if "modelfile" in book["formats"] else 2]])]
+    if gguf := best_gguf(book):
+        lines += ["talk to it:", f"  python kardia_lite.py chat {gguf}", *(f"  {line}" for line in clients.command_lines(gguf)[: 3 if "modelfile" in book["formats"] else 2])]
     if "lora gguf" in book["formats"] and book["formats"]["lora gguf"]["ok"]:
         lines.append(f"  llama-server -m BASE.gguf --lora {book['formats']['lora gguf']['path']} --jinja")
     return lines

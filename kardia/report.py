@@ -552,16 +552,37 @@ def _examples(data: dict, limit: int, clip: int) -> str:
 # ---------------------------------------------------------------------------------- export, details, page
 
 
+VERDICTS = {"ok": "<b class=up>matches</b>", "noisy": "<b>matches, with rounding</b>", "lost": "<b class=down>does not match</b>"}
+
+
 def _export(data: dict, *_) -> str:
-    rows = []
-    for name, entry in ((data["export"] or {}).get("formats") or {}).items():
+    book, rows, notes = data["export"] or {}, [], []
+    trained = book.get("trained") if isinstance(book.get("trained"), dict) else {}
+    share = lambda value, digits=0: f"{_number(value):.{digits}%}" if _number(value) is not None else "–"  # noqa: E731
+    score = lambda entry: f"{_number(entry.get('rubric')):.2f}" if _number(entry.get("rubric")) is not None else "–"  # noqa: E731
+    if _number(trained.get("rubric")) is not None:
+        rows.append(["the trained model", "", "", "", "", "", share(trained.get("valid")), score(trained), "", ""])
+    for name, entry in (book.get("formats") or {}).items():
         kl, base = _number(entry.get("kl")), _number(entry.get("kl_base"))
-        share = f"{kl / base:.2%}" if kl is not None and base else "–"
-        digits = [f"{x:.1e}".replace("-", "−") if x is not None else "–" for x in (kl, base)]
-        agreement = f"{_number(entry['agreement']):.1%}" if _number(entry.get("agreement")) is not None else "–"
-        verdict = "<b class=down>does not match</b>" if not entry.get("ok") else "not measured" if kl is None else "<b class=up>matches</b>"
-        rows.append([_text(name), f"{(_number(entry.get('bytes')) or 0) / 1e6:,.1f} MB", *digits, share, agreement, verdict, f"<small class=prose>{_text(entry.get('path'))}</small>"])
-    return _table(["Format", "Size", "KL to trained", "KL base to trained", "Drift left", "Same next token", "Verdict", "Path"], rows) if rows else ""
+        verdict = VERDICTS["lost"] if not entry.get("ok") else "not measured" if kl is None else VERDICTS.get(entry.get("verdict"), VERDICTS["ok"])
+        rows.append([
+            _text(name), f"{(_number(entry.get('bytes')) or 0) / 1e6:,.1f} MB", f"{kl:.1e}".replace("-", "−") if kl is not None else "–", share(kl / base if kl is not None and base else None, 2),
+            share(entry.get("kept")), share(entry.get("agreement")), share(entry.get("valid")), score(entry), verdict, f"<small class=prose>{_text(entry.get('path'))}</small>",
+        ])  # fmt: skip
+        notes += [f"<li>{_text(name)}: {_text(entry['why'])}.</li>"] if entry.get("why") else []
+    if not rows:
+        return ""
+    base = next((_number(entry.get("kl_base")) for entry in book["formats"].values() if _number(entry.get("kl_base")) is not None), None)
+    told = f"<p>Training moved the base by KL {base:.2g}, over {_text(book.get('prompts'))} places in answers.</p>" if base is not None else ""
+    head = ["Format", "Size", "KL to trained", "of what training did", "training kept", "same next token", "valid answers", "judge's score", "Verdict", "Path"]
+    return told + _table(head, rows) + (f"<ul class=verdicts>{''.join(notes)}</ul>" if notes else "") + _export_answers(book)
+
+
+def _export_answers(book: dict) -> str:
+    """The first question's answer by the trained model and by each export."""
+    named = [("the trained model", book.get("trained") or {}), *(book.get("formats") or {}).items()]
+    rows = [[_text(name), f"<small class=prose>{_text(entry['answers'][0])}</small>"] for name, entry in named if isinstance(entry.get("answers"), list) and entry["answers"]]
+    return f"<details><summary>What each answers to the first question</summary>{_table(['', 'Answer'], rows)}</details>" if len(rows) > 1 else ""
 
 
 def _details(data: dict, *_) -> str:
@@ -579,8 +600,8 @@ SECTIONS = (
      "the ticks mark chance and what “the longer reply wins” would score. A judge below either teaches nothing good.", _exam),
     ("groups", "Groups, reply by reply", "GRPO compares replies to one prompt with each other: above the group's mean is made more likely, below it less.", _browser),
     ("examples", "Example answers", "The same held-out prompt, answered by each model.", _examples),
-    ("export", "Export", "How far each exported file is from the model that was trained, measured in its real loader. "
-     "KL of the export must be far below KL of the base.", _export),
+    ("export", "Export", "How far each exported file is from the model that was trained, measured in its real loader. Its KL must be far below "
+     "what training did. A type of few bits rounds; “training kept” says how much of the training is in the file, rounding or not.", _export),
     ("details", "Options, versions, hashes", "", _details),
 )
 

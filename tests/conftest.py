@@ -73,3 +73,79 @@ def tiny():
         return model.requires_grad_(False)  # frozen, as a base is; a LoRA on top is trained
 
     return make
+
+
+@pytest.fixture
+def tiny_directory(tiny, tmp_path):
+    """tiny_directory("qwen2") -> a saved random model (bfloat16, as models come), with its norms moved off 1 and its biases off 0."""
+
+    def make(kind, name="base", **changes):
+        import torch
+
+        model = tiny(kind, **changes)
+        for key, weight in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                weight += 0.2 * torch.randn_like(weight)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+# What llama.cpp wants to know of each architecture besides sizes: key of config.json -> key of the GGUF, and how it is written.
+GGUF_KEYS = {
+    "max_position_embeddings": ("context_length", "uint32"), "hidden_size": ("embedding_length", "uint32"), "num_hidden_layers": ("block_count", "uint32"),
+    "intermediate_size": ("feed_forward_length", "uint32"), "num_attention_heads": ("attention.head_count", "uint32"), "num_key_value_heads": ("attention.head_count_kv", "uint32"),
+    "head_dim": ("attention.key_length", "uint32"), "rms_norm_eps": ("attention.layer_norm_rms_epsilon", "float32"), "sliding_window": ("attention.sliding_window", "uint32"),
+    "attn_logit_softcapping": ("attn_logit_softcapping", "float32"), "final_logit_softcapping": ("final_logit_softcapping", "float32"), "vocab_size": ("vocab_size", "uint32"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def template_of():
+    """template_of(directory, path): a GGUF as someone else might have made of the same model, all its weights 0: metadata only counts.
+    Without `tokens` it has no tokenizer; with them a SentencePiece one: [(piece, score, kind), ..]."""
+
+    def make(directory, path, tokens=None, chat_template=None, metadata=None):
+        import json
+
+        import gguf
+        import numpy as np
+
+        from kardia import gguf_io
+        from kardia.weights import Weights
+
+        weights = Weights(directory)
+        config = json.loads((directory / "config.json").read_text())
+        architecture = gguf_io.architecture_of(config, "test")[0]
+        writer = gguf.GGUFWriter(path, architecture)
+        for key, (name, kind) in GGUF_KEYS.items():
+            if config.get(key) is not None:
+                getattr(writer, f"add_{kind}")(f"{architecture}.{name}", config[key])
+        rope = config.get("rope_parameters") or {}
+        writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0))
+        writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
+        writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
+        writer.add_tokenizer_model("llama" if tokens else "none")
+        if tokens:
+            pieces, scores, kinds = zip(*tokens)
+            writer.add_token_list(pieces)
+            writer.add_token_scores(scores)
+            writer.add_token_types(kinds)
+            for name in ("bos", "eos", "pad"):
+                getattr(writer, f"add_{name}_token_id")(config[f"{name}_token_id"])
+            writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+            writer.add_bool("tokenizer.ggml.add_bos_token", True)
+        if chat_template:
+            writer.add_chat_template(chat_template)
+        for key, value in (metadata or {}).items():
+            writer.add_uint32(key, value)
+        for name, values in gguf_io.gguf_tensors(weights).items():
+            writer.add_tensor(name, np.zeros_like(values()))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return make

@@ -87,7 +87,7 @@ def test_the_sampler_is_the_model_that_torch_trains(worker, gguf, renderer, torc
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-    from kardia import export
+    from kardia import gguf_io, weights
 
     torch.manual_seed(0)
     model = get_peft_model(torch_model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -96,7 +96,7 @@ def test_the_sampler_is_the_model_that_torch_trains(worker, gguf, renderer, torc
             torch.nn.init.normal_(parameter, std=0.1)
     directory = k.resolve_base(k.EMBEDDED).directory
     state = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
-    lora = export.write_lora_gguf(model.peft_config["default"].to_dict(), export.lora_pairs(state), json.loads((directory / "config.json").read_text()), tmp_path / "lora.gguf")
+    lora = gguf_io.write_lora_gguf(model.peft_config["default"].to_dict(), weights.lora_pairs(state), json.loads((directory / "config.json").read_text()), tmp_path / "lora.gguf")
     worker.load("sampler", gguf, fused=fused)
     worker.set_lora("sampler", lora)
     try:

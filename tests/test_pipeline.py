@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import kardia_lite as k
 from kardia import export, report
+from kardia.weights import Weights, read_adapter
 
 pytestmark = pytest.mark.real
 
@@ -46,6 +47,14 @@ def pairs(work):
             lines.append(line)
     path = work / "exam.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(work):
+    """A single dialogue for the proofs: eight places and one question."""
+    path = work / "one.jsonl"
+    path.write_text((k.DATA / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
     return path
 
 
@@ -107,7 +116,7 @@ def test_sft_trains_every_lora_weight_and_writes_its_books(sft):
     assert facts["status"] == "done" and facts["bits"] == 16 and facts["hashes"]["data"] and facts["versions"]["trl"] == "1.14.2"
     steps = [json.loads(line)["step"] for line in (sft / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    _, pairs = export.read_adapter(sft / "adapter")
+    _, pairs = read_adapter(sft / "adapter")
     assert len(pairs) == 30 * 7 and all(b.abs().max() > 0 for _, b in pairs.values())
     assert sorted(p.name for p in sft.iterdir()) == ["adapter", "log.jsonl", "run.json"]
 
@@ -156,51 +165,126 @@ def test_group_size_and_micro_batch_must_fit(sft, work, pairs):
     assert not (work / "m").exists()
 
 
-def test_four_bit_sft_on_the_cpu_merges_what_was_trained(work):
+def test_four_bit_sft_on_the_cpu_merges_what_was_trained(work, one):
     """NF4 for real: the merge goes into the dequantized NF4 weights; into the 16-bit ones it would be another model."""
     run("sft", *FEW, "--bits", 4, "--max-steps", 4, "--out", work / "nf4")
-    result = run("export", work / "nf4", "--to", work / "nf4-out", "--formats", "merged,bf16")
-    entry = json.loads((work / "nf4-out" / "export.json").read_text())["formats"]
-    assert entry["merged"]["ok"] and entry["bf16"]["ok"], result.stderr
-    source = k.Run(work / "nf4")
-    base = k.base_of(source)
-    wrong = export.write_merged(base.directory, source.adapter, 16, work / "wrong")
+    result = run("export", work / "nf4", "--to", work / "nf4-out", "--formats", "merged,lora", "--data", one, "--answers", 0)
+    book = json.loads((work / "nf4-out" / "export.json").read_text())
+    assert book["bits"] == 4 and all(entry["ok"] for entry in book["formats"].values()), result.stderr
+    run("export", work / "nf4", "--to", work / "nf4-16", "--formats", "merged", "--data", one, "--answers", 0, "--merge-into", "16bit", ok=False)  # its verdict is the proof's
+    wrong = json.loads((work / "nf4-16" / "export.json").read_text())
+    assert wrong["bits"] == 16 and book["formats"]["merged"]["kl"] < 0.1 * wrong["formats"]["merged"]["kl"]
+    assert "other settings" in run("export", work / "nf4", "--to", work / "nf4-out", "--formats", "f16", "--data", one, "--merge-into", "16bit", ok=False).stderr
+
+
+@pytest.fixture(scope="module")
+def exported(grpo, work, pairs, one):
+    result = run("export", grpo, "--to", work / "out", "--formats", "merged,f16,q8_0,lora,modelfile", "--data", one, "--max-tokens", 24, "--exam-pairs", pairs)
+    return work / "out", result
+
+
+def test_export_proves_itself(exported, grpo):
+    out, result = exported
+    whole = json.loads((out / "export.json").read_text())
+    book = whole["formats"]
+    assert set(book) == {"merged", "f16", "q8_0", "lora", "lora gguf", "modelfile"} and all(e["ok"] for e in book.values()), result.stderr
+    assert book["f16"]["kl"] < 0.01 * book["f16"]["kl_base"] and book["f16"]["kept"] > 0.95 and book["f16"]["same_tokens"] == 1
+    assert book["lora"]["kl"] < 1e-6
+    for name in ("merged", "f16", "q8_0", "lora gguf"):  # each answered, and the judge read it
+        assert len(book[name]["answers"]) == 1 and 0 <= book[name]["rubric"] <= 1 and name in result.stdout
+    assert 0 <= whole["trained"]["rubric"] <= 1 and json.loads((grpo / "export.json").read_text()) == whole
+    assert not list(out.glob(".*"))
+    modelfile = (out / "Modelfile").read_text()
+    assert f"FROM ./{book['modelfile']['describes']}" in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile and "<|im_start|>assistant" in modelfile
+    page = report._export({"export": whole})
+    assert "q8_0" in page and "trained model" in page
+
+
+def test_transformers_and_peft_load_the_export(exported, embedded):
     import torch
-    from transformers import AutoModelForCausalLM
-
-    renderer = k.Renderer(k.load_tokenizer(base))
-    prompts = [renderer.ids(t) for t in ("The capital of France is", "She felt alone because")]
-    trained = k.torch_logits(k.load_policy(base, "transformers", 4, adapter=source.adapter, dtype=torch.float32).eval(), prompts)
-    kl = [export.kl_and_agreement(trained, k.torch_logits(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32), prompts))[0] for p in (work / "nf4-out" / "merged", wrong)]
-    assert kl[0] < 0.1 * kl[1]
-
-
-def test_export_proves_itself_and_plain_loaders_read_it(grpo, work):
-    result = run("export", grpo, "--to", work / "out", "--formats", "merged,f16,q8_0,lora,modelfile")
-    book = json.loads((work / "out" / "export.json").read_text())["formats"]
-    assert set(book) == {"merged", "f16", "q8_0", "lora", "modelfile"} and all(e["ok"] for e in book.values()), result.stderr
-    assert book["f16"]["kl"] < 0.1 * book["f16"]["kl_base"]
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(work / "out" / "merged")
-    assert AutoTokenizer.from_pretrained(work / "out" / "merged").chat_template and model.generation_config.eos_token_id == 2
-    config = json.loads((work / "out" / "merged" / "config.json").read_text())
-    assert config["rope_theta"] == 100000.0  # transformers 4.x reads this key and would silently take another value
+    out, _ = exported
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    assert tokenizer.chat_template and merged.generation_config.eos_token_id == 2
+    assert json.loads((out / "merged" / "config.json").read_text())["rope_theta"] == 100000.0  # transformers 4.x reads this key and would silently take another value
+    ids = [tokenizer("The first thing she said was", add_special_tokens=False)["input_ids"]]
+    on_base = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded.directory, dtype=torch.float32), out / "lora")
+    assert export.kl_and_agreement(k.torch_logits(on_base, ids), k.torch_logits(merged, ids))[0] < 1e-4
+
+
+def test_llama_cpp_pythons_own_class_loads_the_export(exported, embedded):
+    """llama_cpp.Llama is what most people write in Python: the GGUF, and the LoRA on the base's GGUF, must be the same model."""
     import llama_cpp
+    import numpy as np
 
-    llm = llama_cpp.Llama(book["f16"]["path"], n_ctx=256, verbose=False)
-    assert llm.create_completion("Hello", max_tokens=3)["choices"][0]["text"]
-    assert "FROM ./" in (work / "out" / "Modelfile").read_text() and "<|im_end|>" in (work / "out" / "Modelfile").read_text()
-    assert not list((work / "out").glob(".*"))
-    assert "exists already" in run("export", grpo, "--to", work / "out", ok=False).stderr
+    out, _ = exported
+    book = json.loads((out / "export.json").read_text())["formats"]
+    rows = []
+    for arguments in ({"model_path": book["f16"]["path"]}, {"model_path": str(embedded.gguf(16)), "lora_path": book["lora gguf"]["path"]}, {"model_path": str(embedded.gguf(16))}):
+        llm = llama_cpp.Llama(n_ctx=128, logits_all=True, verbose=False, **arguments)
+        llm.eval(ids := llm.tokenize(b"<|im_start|>user\nMy dog died last night.<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True))
+        rows.append(np.array(llm.scores[: len(ids)]))
+        llm.close()
+    effect = export.kl_and_agreement(rows[0], rows[2])[0]
+    assert effect > 0.01 and export.kl_and_agreement(rows[0], rows[1])[0] < 0.02 * effect
 
 
-def test_an_export_that_lost_the_training_fails_loudly(grpo, work, monkeypatch):
+def test_the_export_answers_over_http_as_it_does_here(exported, renderer, rubric, work):
+    """The OpenAI-compatible server renders the chat with the template in the GGUF and stops at its end token: the answer must be ours."""
+    pytest.importorskip("uvicorn", reason="pip install -r tests/requirements.txt")
+    import socket
+    import urllib.request
+
+    out, _ = exported
+    gguf = json.loads((out / "export.json").read_text())["formats"]["f16"]["path"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dialogue = k.load_rows([k.DATA / "eval.jsonl"], rubric)[0].first_prompt()
+    with open(work / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", "--model", gguf, "--n_ctx", "1024", "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log)
+    try:
+        body = json.dumps({"messages": k.chat_messages(dialogue, 1), "max_tokens": 24, "temperature": 0.0, "repeat_penalty": 1.0}).encode()  # its own default is 1.1
+        ask = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        deadline = time.time() + 120
+        while True:
+            try:
+                answer = json.load(urllib.request.urlopen(ask))["choices"][0]["message"]["content"]
+                break
+            except OSError:
+                assert server.poll() is None and time.time() < deadline, (work / "server.log").read_text()
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait()
+    with k.Worker() as worker:
+        worker.load("m", gguf)
+        assert answer == k.llama_answers(worker, "m", renderer.tokenizer, [renderer.prompt(dialogue)], 24)[0]
+
+
+def test_an_export_that_lost_the_training_fails_loudly(grpo, work, one, monkeypatch):
     """The wrong merge on purpose (the LoRA left out): non-zero, and the file does not keep its good name."""
-    monkeypatch.setattr(export, "lora_scale", lambda *_: 0.0)
-    result = run("export", grpo, "--to", work / "lost", "--formats", "merged", ok=False)
-    assert result.exit_code == 1 and "lost what was trained" in result.stderr
+    monkeypatch.setattr(Weights, "changed", lambda *_: False)
+    result = run("export", grpo, "--to", work / "lost", "--formats", "merged", "--data", one, "--answers", 0, ok=False)
+    assert result.exit_code == 1 and "lost what was trained" in result.stderr and "LOST" in result.stdout
     assert (work / "lost" / "merged.failed").is_dir() and not (work / "lost" / "merged").exists()
+
+
+def test_a_type_that_erases_the_training_is_warned_of_and_caught(sft, work, one):
+    """The embedded base lies on Q4_1's grid. A small LoRA on it is rounded away by Q4_1; q8_0 keeps it."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sft, work / "little")
+    path = work / "little" / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * (0.5 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}, path)
+    result = run("export", work / "little", "--to", work / "grid", "--formats", "q4_1,q8_0", "--data", one, "--answers", 0, ok=False)
+    book = json.loads((work / "grid" / "export.json").read_text())["formats"]
+    assert "lie on a 4-bit grid already (Q4_1)" in result.stderr
+    assert result.exit_code == 1 and book["q4_1"]["verdict"] == "lost" and book["q4_1"]["kept"] < 0.5 and book["q4_1"]["path"].endswith(".gguf.failed"), book
+    assert book["q8_0"]["ok"] and book["q8_0"]["kept"] > 0.8
 
 
 def test_evaluate_compares_on_the_same_prompts(sft, grpo, work, pairs):
