@@ -48,7 +48,7 @@ from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.rubric import METHODS, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
-from kardia.weights import ExportError, atomic, lora_pairs, read_adapter
+from kardia.weights import ExportError, Weights, atomic, lora_pairs, read_adapter
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -418,11 +418,11 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
 
 def load_plain(directory: Path, dtype):
     """A whole model as any user of transformers loads it."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     quiet()
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if torch.cuda.is_available() else None).eval()
+    fits = memory.on_gpu(Weights(directory).count() * dtype.itemsize)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if fits else None).eval()
 
 
 def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
@@ -1178,6 +1178,7 @@ class Yardstick:
 
     prompts: list[list[int]]
     asked: list[Dialogue]
+    texts: list[str]  # that a GGUF's tokenizer must split as ours does
     trained: Any  # logits, float32 [prompts, vocabulary]
     before: Any
     answers: list[str]
@@ -1225,7 +1226,7 @@ def proof_dtype(n_parameters: int):
     return torch.float32 if 6 * n_parameters < free else compute_dtype()
 
 
-def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[Dialogue], renderer: Renderer, max_tokens: int, dtype) -> Yardstick:
+def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[Dialogue], texts: list[str], renderer: Renderer, max_tokens: int, dtype) -> Yardstick:
     model = load_policy(base, "transformers", run.facts["bits"], adapter=run.adapter, dtype=dtype).eval()
     trained = torch_logits(model, prompts)
     with model.disable_adapter():
@@ -1235,7 +1236,9 @@ def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[
     answers = torch_answers(model, renderer.tokenizer, [renderer.prompt(d) for d in asked], max_tokens)
     kl, agreement = export.kl_and_agreement(trained, before)
     say(f"  training moved the base by KL {kl:.2g} (it would say the same next token in {agreement:.0%} of {len(prompts)} places); each export must stay far below that")
-    return Yardstick(prompts, asked, trained, before, answers, kl)
+    del model
+    memory.release()
+    return Yardstick(prompts, asked, texts, trained, before, answers, kl)
 
 
 def measure(artefact: export.Artefact, by: Yardstick, run: Run, base: Base, renderer: Renderer, worker: Worker, max_tokens: int, dtype) -> dict[str, Any]:
@@ -1264,24 +1267,28 @@ def measure(artefact: export.Artefact, by: Yardstick, run: Run, base: Base, rend
 
 def measure_gguf(artefact: export.Artefact, by: Yardstick, run: Run, base: Base, renderer: Renderer, worker: Worker, max_tokens: int) -> tuple[Any, list[str], dict[str, Any]]:
     """(logits, answers, what else was noticed) of a GGUF, or of a LoRA on a GGUF of the weights it was trained on."""
-    layers, is_lora, told = -1 if memory.has_gpu() else 0, artefact.loader != "llama.cpp", {}
-    if is_lora and (run.facts["bits"] == 4 or not base.imported):  # people will put it on the GGUF they have, whose weights are a little different
-        worker.load("export", base.template, layers)
-        worker.set_lora("export", artefact.path)
-        told["kl_on_template"] = export.kl_and_agreement(by.trained, worker.next_logits("export", by.prompts))[0]
-    worker.load("export", base.gguf(run.facts["bits"]) if is_lora else artefact.path, layers)
-    worker.set_lora("export", artefact.path if is_lora else None)
-    questions, texts = [renderer.prompt(d) for d in by.asked], [renderer.text(d, len(d.messages), generate=True) for d in by.asked]
-    if texts:
-        told["same_tokens"] = sum(a == b for a, b in zip(worker.tokenize("export", texts, special=True), questions)) / len(texts)
-    logits, answers = worker.next_logits("export", by.prompts), llama_answers(worker, "export", renderer.tokenizer, questions, max_tokens)
-    worker.unload("export")
-    return logits, answers, told
+    is_lora, told = artefact.loader != "llama.cpp", {}
+
+    def load(gguf: Path) -> None:
+        worker.load("export", gguf, -1 if memory.on_gpu(gguf.stat().st_size) else 0)
+        worker.set_lora("export", artefact.path if is_lora else None)
+
+    try:
+        if is_lora and (run.facts["bits"] == 4 or not base.imported):  # people will put it on the GGUF they have, whose weights are a little different
+            load(base.template)
+            told["kl_on_template"] = export.kl_and_agreement(by.trained, worker.next_logits("export", by.prompts))[0]
+        load(base.gguf(run.facts["bits"]) if is_lora else artefact.path)
+        ids = [renderer.ids(text) for text in by.texts]
+        told["same_tokens"] = sum(a == b for a, b in zip(worker.tokenize("export", by.texts, special=True), ids)) / len(ids)
+        answers = llama_answers(worker, "export", renderer.tokenizer, [renderer.prompt(d) for d in by.asked], max_tokens)
+        return worker.next_logits("export", by.prompts), answers, told
+    finally:
+        worker.unload("export")  # the file is about to be renamed
 
 
 def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, Any]:
     """Write the asked formats into `target` and prove each equal to the trained model. What an earlier call of the same export
-    finished stays as it is. Raises UserError if something was lost; that is kept under a .failed name."""
+    finished stays as it is; what lost the training is kept under a .failed name. Returns the book, which is also export.json."""
     run, rubric = Run(source), load_rubric(options.rubric)
     base, judge = export_base(run, options), options.judge or run.facts["options"].get("judge") or EMBEDDED
     renderer, rows = Renderer(load_tokenizer(base)), load_rows([options.data], rubric)
@@ -1293,32 +1300,30 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
     bits = 16 if options.merge_into == "16bit" else run.facts["bits"]
     exporter = export.Exporter(base, run.adapter, bits, target, f"{base.name}-{run.path.name}", stop=[renderer.tokenizer.eos_token_id], chat_template=clients.trained_template(renderer.tokenizer), llama_cpp=options.llama_cpp)
     book, formats = exporter.open_book(str(source), export.parse_formats(options.formats), say)
-    if not formats:
-        return book
-    questions = f"{len(asked)} of {file_hash(options.data)}, {options.max_tokens} tokens"
-    if book.get("questions") != questions:  # answers to other questions cannot be judged beside these
-        for entry in book["formats"].values():
-            entry.pop("answers", None)
-    book.update(data=str(options.data), prompts=len(prompts), questions=questions, machine=machine(), versions=versions())
     with Worker() as worker, exporter:
-        dtype = proof_dtype(exporter.weights.count())
-        if formats != ["modelfile"]:
-            by = measure_trained(base, run, prompts, asked, renderer, options.max_tokens, dtype)
+        if set(formats) - {"modelfile"}:
+            forget_other_answers(book, f"{len(asked)} of {file_hash(options.data)}, {options.max_tokens} tokens")
+            book.update(data=str(options.data), prompts=len(prompts), machine=machine(), versions=versions())
+            dtype = proof_dtype(exporter.weights.count())
+            by = measure_trained(base, run, prompts, asked, [renderer.text(d, 1, generate=True) for d in rows[:50]], renderer, options.max_tokens, dtype)
             book["trained"] = {"answers": by.answers}
         for kind in formats:
             if kind == "modelfile":
-                book["formats"][kind] = exporter.write_modelfile(book, worker, **ollama(renderer, rows[:50]))
+                if gguf := export.best_gguf(book, target):
+                    book["formats"][kind] = exporter.write_modelfile(gguf, worker, **ollama(renderer, rows[:50]))
+                else:
+                    say("  modelfile  left out: no GGUF passed its proof")
                 continue
             began = time.time()
             for artefact in exporter.write(kind, worker.quantize):
                 row = measure(artefact, by, run, base, renderer, worker, options.max_tokens, dtype)
+                memory.release()
                 book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.time() - began, 1)})
                 exporter.save(book)  # what is done stays done if the rest is interrupted
                 told = f"KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept" if row["kl"] is not None else row["why"]
                 say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  {told}, {row['verdict']}  {row['seconds']:.0f} s")
                 began = time.time()
-        if asked:
-            rescore(book, asked, rubric, judge, options, worker)
+        rescore(book, asked, rubric, judge, options, worker)
     exporter.save(book)
     write_json(run.path / "export.json", book)
     return book
@@ -1327,7 +1332,7 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
 def export_base(run: Run, options: ExportOptions) -> Base:
     """The run's base, which must be what it was trained on, with the GGUF that is given now."""
     base = base_of(run)
-    if file_hash(base.template if base.imported else base.directory) != base.hash:
+    if file_hash(base.template if base.imported else base.directory) != run.facts["base_hash"]:
         raise UserError(f"{run.path}: its base {base.template if base.imported else base.directory} has changed since the training; put the old one back, or train again")
     if options.gguf_template and base.imported:
         raise UserError(f"--gguf-template: {run.path} was trained on {base.template}, which is the template already")
@@ -1340,9 +1345,20 @@ def ollama(renderer: Renderer, dialogues: list[Dialogue]) -> dict[str, Any]:
     return dict(render=renderer.render, tokenizer=renderer.tokenizer, system_role=renderer.system_role, chats=chats, system=SYSTEM.format(profile=NO_PROFILE, situation=NO_SITUATION), temperature=0.7)
 
 
+def forget_other_answers(book: dict[str, Any], questions: str) -> None:
+    """Answers to other questions, of an earlier call, cannot stand beside those of this one."""
+    if book.get("questions") != questions:
+        for entry in book["formats"].values():
+            for key in ("answers", "valid", "rubric"):
+                entry.pop(key, None)
+    book["questions"] = questions
+
+
 def rescore(book: dict[str, Any], asked: list[Dialogue], rubric: Rubric, judge: str, options: ExportOptions, worker: Worker) -> None:
     """The judge reads the answers of the trained model and of each export; mean scores go into the book."""
-    entries = [entry for entry in (book.get("trained"), *book["formats"].values()) if entry and len(entry.get("answers") or []) == len(asked)]
+    entries = [entry for entry in (book.get("trained"), *book["formats"].values()) if entry and entry.get("answers") and len(entry["answers"]) == len(asked)]
+    if all("rubric" in entry for entry in entries):
+        return
     referee, _ = open_judge(worker, judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
     for entry in entries:
         rewards = score_answers(list(zip(asked, entry["answers"])), rubric, referee, whole_text=True)
@@ -1720,9 +1736,10 @@ def export_command(run: Path, to: Path, options: ExportOptions) -> None:
     except KeyboardInterrupt:
         raise UserError(f"stopped; the same command goes on from what is finished in {to}") from None
     click.echo(export.table(book))
-    for line in export.advice(book):
+    for line in export.advice(book, to):
         say(line)
-    if lost := [name for name, entry in book["formats"].items() if not entry["ok"]]:
+    asked = export.parse_formats(options.formats)
+    if lost := [name for name, entry in book["formats"].items() if not entry["ok"] and entry["format"] in asked]:
         raise UserError(f"{', '.join(lost)}: the export lost what was trained ({book['formats'][lost[0]]['why']}); kept under a .failed name. Exact types (f16, q8_0) or the base with --formats lora keep it")
 
 

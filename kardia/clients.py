@@ -26,7 +26,8 @@ def trained_template(tokenizer) -> str:
     told not to (Qwen3), it is told so in its first line, for no chat program will."""
     chat = [{"role": "user", "content": "x"}]
     default, trained = (tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **how) for how in ({}, {"enable_thinking": False}))
-    return tokenizer.chat_template if default == trained else "{%- set enable_thinking = false -%}\n" + tokenizer.chat_template
+    template = tokenizer.get_chat_template()  # of several named ones the one that is used
+    return template if default == trained else "{%- set enable_thinking = false -%}\n" + template
 
 
 def between_messages(render: Callable[[Chat, bool], str], system_role: bool, bos: str) -> dict[str, str]:
@@ -99,5 +100,5 @@ def command_lines(gguf: Path, context: int = 4096) -> list[str]:
     return [
         f"llama-server -m {gguf} --jinja -c {context}",
         f"python -m llama_cpp.server --model {gguf} --n_ctx {context}   # pip install 'llama-cpp-python[server]'",
-        "ollama create kardia -f Modelfile && ollama run kardia",
+        f"ollama create kardia -f {gguf.parent / 'Modelfile'} && ollama run kardia",
     ]

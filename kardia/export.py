@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kardia import clients, gguf_io
 from kardia.runs import file_hash, write_text
-from kardia.weights import ExportError, Weights, atomic, reason, write_merged
+from kardia.weights import ExportError, Weights, atomic, read_gguf, reason, write_merged
 
 FORMATS = ("merged", "lora", "modelfile")  # and every type of GGUF
 LOW_BIT = re.compile(r"(iq|tq|q|mxfp|nvfp)[1-4]")  # of 4 bits or fewer
@@ -63,13 +63,11 @@ class Exporter:
         """What should be known before hours are spent: errors raise, the rest is returned as lines."""
         notes = []
         types = [kind for kind in formats if kind not in FORMATS]
-        if "modelfile" in formats and not types and not any(self.target.glob("*.gguf")):
-            raise ExportError("modelfile: it describes a GGUF; ask for one with it, for example --formats q8_0,modelfile")
         if types and not self.llama_cpp:
             if self.base.template is None:
                 raise ExportError(f"{types[0]}: the base {self.base.name} came without a GGUF; give one of the same model with --gguf-template FILE.gguf, or llama.cpp's source with --llama-cpp DIR, or export merged,lora")
+        if self.base.template and (types and not self.llama_cpp or "lora" in formats):
             gguf_io.check_template(self.base.template, self.weights)
-            gguf_io.gguf_tensors(self.weights)  # every tensor has a name there
         if self.llama_cpp:
             gguf_io.converter(self.llama_cpp)
         if "lora" in formats and self.base.template is None:
@@ -83,13 +81,14 @@ class Exporter:
         return notes
 
     def size(self, formats: list[str]) -> float:
-        """Bytes on disk at most, what is only needed on the way included; types by the bits in their names."""
-        per = {"merged": 2.0, "lora": 0.0, "modelfile": 0.0, "f32": 4.0, "f16": 2.0, "bf16": 2.0}
-        bits = lambda kind: int(re.sub(r"\D*(\d).*", r"\1", kind)) if re.search(r"\d", kind) else 16  # noqa: E731
-        n_bytes = sum(per.get(kind, (bits(kind) + 1) / 8) for kind in formats)
-        n_bytes += 2.0 if any(kind not in (*FORMATS, *gguf_io.WRITTEN_HERE, "bf16") for kind in formats) and "bf16" not in formats else 0
-        n_bytes += 2.0 if self.llama_cpp and "merged" not in formats else 0
-        return n_bytes * self.weights.count()
+        """Bytes on disk, roughly, what is only needed on the way included; types by the bits in their names."""
+        stored, n = self.weights.bytes(), self.weights.count()
+        narrow = self.weights.config.get("hidden_size", 256) % 256 != 0  # then llama.cpp takes a type of more bits for most tensors
+        per = {"merged": stored, "lora": 0, "modelfile": 0, "f32": 4 * n, "f16": 2 * n, "bf16": 2 * n}
+        few = [kind for kind in formats if kind not in per and kind not in gguf_io.WRITTEN_HERE]
+        bits = lambda kind: max(int(re.search(r"\d", kind).group()) + 1, 6 if narrow else 0)  # noqa: E731
+        n_bytes = sum(per.get(kind, n * 1.1 if kind == "q8_0" else 0) for kind in formats) + sum(n * bits(kind) / 8 for kind in few)
+        return n_bytes + (2 * n if few and "bf16" not in formats else 0) + (stored if self.llama_cpp and "merged" not in formats else 0)
 
     def write(self, kind: str, quantize) -> list[Artefact]:
         """Build one format in `work`. quantize(source, target, type) is llama.cpp's quantizer, in the worker."""
@@ -128,43 +127,45 @@ class Exporter:
         return gguf_io.convert(self.llama_cpp, self.merged, path, kind)
 
     def _peft(self) -> Path:
-        """The adapter as it is, but naming its base by the name that others know."""
+        """The adapter as it is, naming its base by its hub id, or else by the directory where it lies."""
         path = self.work / "lora"
         shutil.copytree(self.adapter, path, ignore=shutil.ignore_patterns("*.gguf"))
         config = path / "adapter_config.json"
         facts = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps({**facts, "base_model_name_or_path": self.base.name}, indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps({**facts, "base_model_name_or_path": self.base.name if "/" in self.base.name else str(self.base.directory.absolute())}, indent=2) + "\n", encoding="utf-8")
         return path
 
     def keep(self, artefact: Artefact, row: dict) -> dict:
         """Out of the hidden folder, under its own name or under one that ends in .failed. Returns its entry in the book."""
-        n_bytes = artefact.bytes()
-        final = self.target / (artefact.path.name + ("" if row["ok"] else ".failed"))
-        shutil.rmtree(final) if final.is_dir() else final.unlink(missing_ok=True)
+        n_bytes, good, bad = artefact.bytes(), self.target / artefact.path.name, self.target / f"{artefact.path.name}.failed"
+        for old in (good, bad):  # what an earlier call left under either name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        final = good if row["ok"] else bad
         os.replace(artefact.path, final)
         self.bf16 = final if artefact.path == self.bf16 else self.bf16
         self.merged = final if artefact.path == self.merged else self.merged
-        return {**row, "path": str(final), "loader": artefact.loader, "bytes": n_bytes}
+        return {**row, "file": final.name, "path": str(final), "loader": artefact.loader, "bytes": n_bytes}
 
-    def write_modelfile(self, book: dict, worker, **how) -> dict:
-        """Ollama's Modelfile for the smallest GGUF that passed its proof; `how` goes to `clients.modelfile`."""
-        gguf = best_gguf(book)
-        if gguf is None:
-            raise ExportError("modelfile: no GGUF has passed its proof, so there is nothing to describe")
+    def write_modelfile(self, gguf: Path, worker, **how) -> dict:
+        """Ollama's Modelfile for `gguf`, which lies beside it; `how` goes to `clients.modelfile`."""
         facts = worker.load("export", gguf)
         worker.unload("export")
         text, why = clients.modelfile(gguf.name, add_bos=facts["add_bos"], context=min(4096, facts["n_ctx_train"]), **how)
         path = self.target / "Modelfile"
         write_text(path, text)
-        return {"format": "modelfile", "path": str(path), "loader": "text", "bytes": path.stat().st_size, "verdict": "text", "ok": True, "why": why or "", "describes": gguf.name}
+        return {"format": "modelfile", "file": path.name, "path": str(path), "loader": "text", "bytes": path.stat().st_size, "verdict": "text", "ok": True, "why": why or "", "describes": gguf.name}
 
     def open_book(self, run: str, formats: list[str], say) -> tuple[dict, list[str]]:
         """(export.json as it will be, the formats still to be made, the Modelfile last). Every check that needs no work is made here."""
         identity = {"adapter": file_hash(self.adapter), "base": self.base.hash, "bits": self.weights.bits, "llama_cpp": bool(self.llama_cpp)}
         book = {**book_of(self.target, identity), "run": run, "base": self.base.name, "bits": self.weights.bits}
-        whole = lambda kind: [e["ok"] and Path(e["path"]).exists() for e in book["formats"].values() if e["format"] == kind]  # noqa: E731
-        done = [kind for kind in formats if whole(kind) and all(whole(kind)) and kind != "modelfile"]
-        todo = sorted((kind for kind in dict.fromkeys(formats) if kind not in done), key=lambda kind: kind == "modelfile")
+        parts = {"lora": ["lora", "lora gguf"] if self.base.template else ["lora"]}
+        whole = lambda name: (entry := book["formats"].get(name)) and entry["ok"] and (self.target / entry["file"]).exists()  # noqa: E731
+        done = [kind for kind in formats if kind != "modelfile" and all(whole(name) for name in parts.get(kind, [kind]))]
+        order = lambda kind: (kind == "modelfile", kind not in (*FORMATS, *gguf_io.WRITTEN_HERE))  # noqa: E731
+        todo = sorted((kind for kind in formats if kind not in done), key=order)  # bf16 first: the quantizer reads it
+        if todo == ["modelfile"] and best_gguf(book, self.target) is None:
+            raise ExportError("modelfile: it describes a GGUF, and none that passed its proof is there; ask for one with it, for example --formats q8_0,modelfile")
         for kind in done:
             say(f"  {kind}: already there, and proved")
         for note in self.check(todo):
@@ -194,12 +195,10 @@ def write_chat_template(directory: Path, template: str) -> None:
 
 def four_bit_grid(base) -> str | None:
     """The 4-bit type that most of a base's weights come from, if its GGUF was imported; else None."""
-    import gguf
-
     if not base.imported:
         return None
     weights: dict[str, int] = {}
-    for tensor in gguf.GGUFReader(base.template).tensors:
+    for tensor in read_gguf(base.template).tensors:
         weights[tensor.tensor_type.name] = weights.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
     most = max(weights, key=weights.get)
     return most if LOW_BIT.match(most.lower()) else None
@@ -287,10 +286,10 @@ def verdict(kl_export: float, kl_base: float, share: float, quantized: bool = Fa
     return "lost", told
 
 
-def best_gguf(book: dict) -> Path | None:
-    """The smallest GGUF that passed its proof without a remark, else the smallest that passed."""
-    good = [e for e in book["formats"].values() if e["ok"] and e.get("loader") == "llama.cpp"]
-    return Path(min(good, key=lambda e: (e["verdict"] != "ok", e["bytes"]))["path"]) if good else None
+def best_gguf(book: dict, target: Path) -> Path | None:
+    """The smallest GGUF in `target` that passed its proof without a remark, else the smallest that passed."""
+    good = [e for e in book["formats"].values() if e["ok"] and e.get("loader") == "llama.cpp" and (target / e["file"]).exists()]
+    return target / min(good, key=lambda e: (e["verdict"] != "ok", e["bytes"]))["file"] if good else None
 
 
 def table(book: dict) -> str:
@@ -305,11 +304,11 @@ def table(book: dict) -> str:
             cells.append(f"{entry['kl']:>8.1e}  {entry['kl'] / max(entry['kl_base'], NOTHING):>11.2%}  {entry['kept']:>5.0%}  {entry['agreement']:>10.0%}")
             cells.append(f"{entry['valid']:>5.0%}  {entry['rubric']:>6.2f}" if entry.get("rubric") is not None else f"{'-':>5}  {'-':>6}")
         cells.append({"ok": "ok", "text": "", "noisy": "NOISY", "lost": "LOST"}[entry["verdict"]])
-        lines.append("  ".join(cells).ljust(len(lines[0])) + f"  {Path(entry['path']).name}")
+        lines.append("  ".join(cells).ljust(len(lines[0])) + f"  {entry['file']}")
     return "\n".join(lines)
 
 
-def advice(book: dict) -> list[str]:
+def advice(book: dict, target: Path) -> list[str]:
     """What to know about the export and how to use it, a line each."""
     lines = []
     for name, entry in book["formats"].items():
@@ -321,8 +320,8 @@ def advice(book: dict) -> list[str]:
             lines.append(f"{name}: measured on the very weights it was trained on; on the base's own GGUF its KL to the trained model is {entry['kl_on_template']:.2g}, {entry['kl_on_template'] / max(entry['kl_base'], NOTHING):.1%} of what training did")
         if name == "modelfile" and entry["why"]:
             lines.append(f"modelfile: no template in it ({entry['why']}); Ollama goes by the one in the GGUF")
-    if gguf := best_gguf(book):
+    if gguf := best_gguf(book, target):
         lines += ["talk to it:", f"  python kardia_lite.py chat {gguf}", *(f"  {line}" for line in clients.command_lines(gguf)[: 3 if "modelfile" in book["formats"] else 2])]
     if "lora gguf" in book["formats"] and book["formats"]["lora gguf"]["ok"]:
-        lines.append(f"  llama-server -m BASE.gguf --lora {book['formats']['lora gguf']['path']} --jinja")
+        lines.append(f"  llama-server -m BASE.gguf --lora {target / book['formats']['lora gguf']['file']} --jinja")
     return lines

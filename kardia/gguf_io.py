@@ -9,13 +9,14 @@ for bit. Others go through that converter (`convert`), if a directory of llama.c
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from kardia.gguf_tokenizer import import_tokenizer
-from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, lora_scale, reason
+from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, lora_scale, read_gguf, reason
 
 # architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
 ARCHITECTURES = {
@@ -27,7 +28,7 @@ ARCHITECTURES = {
     "gemma3_text": ("gemma3", False, True),
 }
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # the others by llama.cpp's quantizer
-NEEDS_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "q2_k_s")  # llama.cpp refuses them without calibration data
+NEEDS_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")  # llama.cpp refuses them without calibration data
 
 
 def file_types() -> tuple[str, ...]:
@@ -84,8 +85,8 @@ def gguf_tensors(weights: Weights) -> dict[str, Callable]:
     _, permuted, norm_plus_one = architecture_of(config, str(weights.directory))
     name_of, found = _names(config), {}
     for name in weights:
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue
+        if (name == "lm_head.weight" and config.get("tie_word_embeddings")) or name.endswith("rotary_emb.inv_freq"):
+            continue  # said once; follows from the config (old Llama checkpoints store it)
 
         def values(name=name):
             tensor = weights.read(name)
@@ -101,10 +102,8 @@ def gguf_tensors(weights: Weights) -> dict[str, Callable]:
 
 
 def check_template(template: Path, weights: Weights) -> None:
-    """Raises ExportError unless the GGUF `template` is of the same model: architecture, layers, width, vocabulary."""
-    import gguf
-
-    reader, config = gguf.GGUFReader(template), weights.config
+    """Raises ExportError unless the GGUF `template` is of the same model: architecture, layers, width, vocabulary, names of tensors."""
+    reader, config = read_gguf(template), weights.config
     field = lambda key: found.contents() if (found := reader.get_field(key)) is not None else None  # noqa: E731
     if (field("split.count") or 1) > 1:
         raise ExportError(f"{template}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
@@ -117,6 +116,18 @@ def check_template(template: Path, weights: Weights) -> None:
     if theirs != ours:
         told = ["{} of {} layers x {}, {} tokens".format(*facts) for facts in (theirs, ours)]
         raise ExportError(f"{template}: a {told[0]}; the model is a {told[1]}: give a GGUF of the same model, of any type")
+    _complete(template, {tensor.name for tensor in reader.tensors}, gguf_tensors(weights))
+
+
+def _complete(template: Path, names: set[str], tensors: dict[str, Callable]) -> dict[str, Callable]:
+    """`tensors` for each of the template's `names`, or ExportError. Only rope_freqs, which is no weight, may stay as it is."""
+    if "output.weight" in names - set(tensors):  # some converters write tied embeddings twice
+        tensors = {**tensors, "output.weight": tensors["token_embd.weight"]}
+    if extra := sorted(set(tensors) - names):
+        raise ExportError(f"{template}: the template has no tensor {extra[0]!r}: it is of another model")
+    if left := sorted(name for name in names - set(tensors) if not name.startswith("rope_")):
+        raise ExportError(f"{template}: the template has a tensor {left[0]!r} that the model has not: it is of another model")
+    return tensors
 
 
 def _copy_metadata(reader, writer, metadata: dict) -> None:
@@ -126,6 +137,11 @@ def _copy_metadata(reader, writer, metadata: dict) -> None:
         if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type", "general.quantization_version", *metadata):
             continue
         kind = field.types[0]
+        if key == "general.alignment":
+            writer.add_custom_alignment(field.contents())
+            continue
+        if kind == GGUFValueType.ARRAY and not len(field.data):
+            continue  # the writer has no way to say an empty list
         writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
     for key, value in metadata.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
@@ -152,14 +168,9 @@ def write_gguf(template: Path, target: Path, file_type: str, replace: dict | Non
     import gguf
     import numpy as np
 
-    reader = gguf.GGUFReader(template)
+    reader = read_gguf(template)
     plan, names = _plan(reader, file_type), {tensor.name for tensor in reader.tensors}
-    if replace and "output.weight" in names - set(replace):  # some converters write tied embeddings twice
-        replace = {**replace, "output.weight": replace["token_embd.weight"]}
-    if replace and (extra := sorted(set(replace) - names)):
-        raise ExportError(f"{template}: the template has no tensor {extra[0]!r}: it is of another model")
-    if replace and (left := sorted(name for name in names - set(replace) if not name.startswith("rope_"))):
-        raise ExportError(f"{template}: the template has a tensor {left[0]!r} that the model has not: it is of another model")
+    replace = _complete(template, names, replace) if replace else {}
     temporary = atomic(target)
     writer = gguf.GGUFWriter(temporary, reader.get_field("general.architecture").contents())
     _copy_metadata(reader, writer, metadata or {})
@@ -172,7 +183,7 @@ def write_gguf(template: Path, target: Path, file_type: str, replace: dict | Non
 
     def tensors():
         for tensor, shape, kind in plan:
-            values = replace[tensor.name]() if replace and tensor.name in replace else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = replace[tensor.name]() if tensor.name in replace else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             values = np.ascontiguousarray(values, dtype=np.float32)
             if values.shape != shape:
                 raise ExportError(f"{tensor.name}: shape {values.shape} does not fit the template's {shape}: another model's GGUF?")
@@ -274,10 +285,48 @@ def import_gguf(source: Path, target: Path) -> Path:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.config.rope_parameters = _rope(source, model.config)
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     temporary = atomic(target)
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    add_compatibility_keys(temporary)
-    os.replace(temporary, target)
+    try:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        add_compatibility_keys(temporary)
+        os.replace(temporary, target)
+    except Exception as error:  # safetensors' own class, on a full disk
+        raise ExportError(f"{target}: cannot be written ({reason(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _rope(source: Path, config) -> dict:
+    """The rope's parameters with the scaling that transformers does not read from a GGUF: torch would train another model than
+    llama.cpp runs. llama 3.1's is stored as its result (rope_freqs), so its parameters are found by trying."""
+    import gguf
+
+    reader, rope = read_gguf(source), dict(config.rope_parameters or {})
+    architecture = reader.get_field("general.architecture").contents()
+    field = lambda key: found.contents() if (found := reader.get_field(f"{architecture}.rope.scaling.{key}")) is not None else None  # noqa: E731
+    factors = next((gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+    if factors is not None:
+        return {**rope, **_llama3_rope(source, factors, rope["rope_theta"])}
+    if field("type") in (None, "none"):
+        return rope
+    if field("type") != "linear":
+        raise ExportError(f"{source}: its rope scaling ({field('type')}) cannot be taken over from a GGUF; give the model's Hugging Face directory, and this file as --gguf-template")
+    scaled = {"rope_type": "linear", "factor": field("factor")}
+    return {**rope, "full_attention": {**rope["full_attention"], **scaled}} if "full_attention" in rope else {**rope, **scaled}
+
+
+def _llama3_rope(source: Path, factors, theta: float) -> dict:
+    """{rope_type: llama3, ..} whose divisors of the frequencies are `factors` [head_dim / 2] (the formula of Llama 3.1)."""
+    import numpy as np
+
+    wave = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))  # length of each frequency's wave, in tokens
+    factor, low, high = float(factors.max()), 1.0, 4.0
+    for original in (8192, *(2**n for n in range(5, 18))):
+        smooth = np.clip((original / wave - low) / (high - low), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    raise ExportError(f"{source}: its rope_freqs are not Llama 3.1's; give the model's Hugging Face directory, and this file as --gguf-template")

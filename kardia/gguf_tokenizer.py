@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from kardia.weights import ExportError, reason
+from kardia.weights import ExportError, read_gguf, reason
 
 Field = Callable[[str], object]  # key below "tokenizer." -> its value, None if the file has it not
 
@@ -30,10 +30,9 @@ WORDS = {
 
 def import_tokenizer(source: Path):
     """A transformers tokenizer from the GGUF `source`; of kinds that are not known here, transformers' own reading."""
-    import gguf
     from transformers import AutoTokenizer
 
-    reader = gguf.GGUFReader(source)
+    reader = read_gguf(source)
     field: Field = lambda key: found.contents() if (found := reader.get_field(f"tokenizer.{key}")) is not None else None  # noqa: E731
     try:
         if field("ggml.model") == "llama":
@@ -43,7 +42,7 @@ def import_tokenizer(source: Path):
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
             _name_specials(tokenizer, field)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # `tokenizers` raises plain Exception for damaged merges
         raise ExportError(f"{source}: its tokenizer cannot be read ({reason(error)})") from error
     return tokenizer
 

@@ -270,10 +270,13 @@ class _Engine:
 
     def _tokenize(self, entry: _Model, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", errors="replace")
-        size = len(data) + 8
-        tokens = (self.lib.llama_token * size)()
-        n = self.lib.llama_tokenize(entry.vocab, data, len(data), tokens, size, False, special)
-        if n < 0:
+        n = -(len(data) + 8)
+        for _ in range(2):  # a space may become three bytes, each a token: then it says how many there are
+            tokens = (self.lib.llama_token * -n)()
+            n = self.lib.llama_tokenize(entry.vocab, data, len(data), tokens, -n, False, special)
+            if n >= 0:
+                break
+        else:
             raise LlamaError(f"{entry.path}: llama.cpp cannot tokenize a text of {len(data)} bytes")
         return list(tokens[:n])
 

@@ -93,6 +93,17 @@ def release() -> None:
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+    if "torch" in sys.modules and has_gpu():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def on_gpu(n_bytes: float) -> bool:
+    """Does a model of `n_bytes` fit beside what the GPU holds now, with room for its activations?"""
+    if not has_gpu():
+        return False
+    import torch
+
+    return 1.3 * n_bytes < torch.cuda.mem_get_info()[0]
 
 
 class PeakSampler:

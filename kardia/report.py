@@ -268,9 +268,11 @@ def _verdicts(data: dict) -> list[str]:
         out.append(f"The judge passed its exam on {len(fit)} of {len(criteria)} criteria" + (f" ({_names(fit)})." if fit else "."))
     formats = (data["export"] or {}).get("formats") or {}
     lost = [name for name, entry in formats.items() if not entry.get("ok")]
-    proved = [name for name, entry in formats.items() if entry.get("ok") and _number(entry.get("kl")) is not None]
+    proved = [name for name, entry in formats.items() if entry.get("ok") and entry.get("verdict") != "noisy" and _number(entry.get("kl")) is not None]
+    noisy = [name for name, entry in formats.items() if entry.get("ok") and entry.get("verdict") == "noisy"]
     out += [f"<b>Exports that do not match the trained model: {_text(', '.join(lost))}.</b>"] if lost else []
     out += [f"Exports measured against the trained model and found to match it: {_text(', '.join(proved))}."] if proved else []
+    out += [f"Exports that hold the training but with much rounding: {_text(', '.join(noisy))}."] if noisy else []
     return out
 
 

@@ -6,6 +6,7 @@ never from a live model: merging into live 4-bit weights would quantize again an
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -30,6 +31,18 @@ def atomic(path: Path) -> Path:
 def reason(error: BaseException) -> str:
     """The first line of an exception of somebody else's library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_gguf(path: Path):
+    """gguf's reader of a file; the last one is kept, for it takes seconds over a vocabulary and is asked for several times."""
+    return _reader(str(path), path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: str, changed: int):
+    import gguf
+
+    return gguf.GGUFReader(path)
 
 
 # ---------------------------------------------------------------------------------- the LoRA
@@ -199,6 +212,10 @@ class Weights:
             a, b = self.pairs[module]
             values = values + lora_scale(self.lora, module, a.shape[0]) * (b @ a)
         return values
+
+    def bytes(self) -> int:
+        """Size of the weights as they are stored."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
 
     def count(self) -> int:
         """Number of parameters stored."""

@@ -104,15 +104,16 @@ GGUF_KEYS = {
 @pytest.fixture
 def template_of():
     """template_of(directory, path): a GGUF as someone else might have made of the same model, all its weights 0: metadata only counts.
-    Without `tokens` it has no tokenizer; with them a SentencePiece one: [(piece, score, kind), ..]."""
+    Its tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF (`like`)."""
 
-    def make(directory, path, tokens=None, chat_template=None, metadata=None):
+    def make(directory, path, tokens=None, chat_template=None, metadata=None, like=None, tensors=None):
         import json
 
         import gguf
         import numpy as np
 
         from kardia import gguf_io
+        from kardia import weights as weights_
         from kardia.weights import Weights
 
         weights = Weights(directory)
@@ -126,7 +127,12 @@ def template_of():
         writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0))
         writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
         writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
-        writer.add_tokenizer_model("llama" if tokens else "none")
+        if like:
+            for key, field in weights_.read_gguf(like).fields.items():
+                if key.startswith("tokenizer.") and key != "tokenizer.chat_template":
+                    writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        else:
+            writer.add_tokenizer_model("llama" if tokens else "none")
         if tokens:
             pieces, scores, kinds = zip(*tokens)
             writer.add_token_list(pieces)
@@ -140,8 +146,8 @@ def template_of():
             writer.add_chat_template(chat_template)
         for key, value in (metadata or {}).items():
             writer.add_uint32(key, value)
-        for name, values in gguf_io.gguf_tensors(weights).items():
-            writer.add_tensor(name, np.zeros_like(values()))
+        for name, values in {**gguf_io.gguf_tensors(weights), **(tensors or {})}.items():
+            writer.add_tensor(name, np.zeros_like(values()) if callable(values) else values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -106,6 +106,7 @@ def test_a_thinking_template_renders_as_trained_by_default():
     tokenizer.chat_template = clients.trained_template(tokenizer)
     assert tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True) == trained
     assert clients.trained_template(tokenizer_of(CHATML)) == CHATML  # others stay as they are
+    assert clients.trained_template(tokenizer_of({"default": CHATML, "tool_use": "x"})) == CHATML  # of several named ones, the one that is used
 
 
 GO = """package main

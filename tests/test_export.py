@@ -402,14 +402,14 @@ def export_command(*arguments, **how):
     return CliRunner().invoke(k.cli, ["export", *map(str, arguments), "--answers", "0"], **how)
 
 
-def test_a_hub_base_exports_without_a_gguf_and_with_one(small_run, template_of, tmp_path):
+def test_a_hub_base_exports_without_a_gguf_and_with_one(small_run, template_of, embedded, tmp_path):
     run, base = small_run
     result = export_command(run, "--to", tmp_path / "a", "--formats", "merged,lora,q8_0")
     assert result.exit_code == 1 and "came without a GGUF" in result.stderr and "--gguf-template" in result.stderr and not (tmp_path / "a").exists()
     result = export_command(run, "--to", tmp_path / "a", "--formats", "merged,lora")
     assert result.exit_code == 0 and "as PEFT adapter only" in result.stderr, result.output
     assert json.loads((tmp_path / "a" / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/hub-base"
-    template = template_of(base, tmp_path / "template.gguf")
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
     result = export_command(run, "--to", tmp_path / "b", "--formats", "f16,lora", "--gguf-template", template)
     book = json.loads((tmp_path / "b" / "export.json").read_text())["formats"]
     assert result.exit_code == 0 and set(book) == {"f16", "lora", "lora gguf"}, result.output
@@ -419,10 +419,10 @@ def test_a_hub_base_exports_without_a_gguf_and_with_one(small_run, template_of, 
     assert result.exit_code == 1 and "no convert_hf_to_gguf.py there" in result.stderr and not (tmp_path / "c").exists()
 
 
-def test_llama_cpps_converter_is_used_where_given_and_its_failure_is_one_line(small_run, template_of, tmp_path):
+def test_llama_cpps_converter_is_used_where_given_and_its_failure_is_one_line(small_run, template_of, embedded, tmp_path):
     """A stand-in converter: the real one was run on these architectures once; here it is how it is called and what comes of its end."""
     run, base = small_run
-    template = template_of(base, tmp_path / "template.gguf")
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
     checkout = tmp_path / "llama.cpp"
     checkout.mkdir()
     (checkout / "convert_hf_to_gguf.py").write_text(
@@ -438,9 +438,9 @@ def test_llama_cpps_converter_is_used_where_given_and_its_failure_is_one_line(sm
     assert result.exit_code == 1 and "Model FooForCausalLM is not supported" in result.stderr and list((tmp_path / "bad").iterdir()) == []
 
 
-def test_the_same_command_goes_on_and_another_is_kept_out(small_run, template_of, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_and_another_is_kept_out(small_run, template_of, embedded, tmp_path, monkeypatch):
     run, base = small_run
-    template = template_of(base, tmp_path / "template.gguf")
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
     arguments = run, "--to", tmp_path / "out", "--gguf-template", template, "--formats"
     write, calls = export.Exporter.write, []
 
@@ -477,6 +477,92 @@ def test_a_disk_too_small_is_told_before_the_work(small_run, tmp_path, monkeypat
     assert result.exit_code == 1 and "are free" in result.stderr and not (tmp_path / "out").exists()
 
 
+def test_a_gguf_lora_is_added_once_the_template_is_there(small_run, template_of, embedded, tmp_path):
+    run, base = small_run
+    assert export_command(run, "--to", tmp_path / "out", "--formats", "lora").exit_code == 0
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
+    result = export_command(run, "--to", tmp_path / "out", "--formats", "lora", "--gguf-template", template)
+    book = json.loads((tmp_path / "out" / "export.json").read_text())["formats"]
+    assert result.exit_code == 0 and set(book) == {"lora", "lora gguf"} and (tmp_path / "out" / book["lora gguf"]["file"]).exists(), result.output
+    # the template's own weights are 0 here, so the LoRA on it is far from what was trained: told, for that is where people will put it
+    assert book["lora gguf"]["kl_on_template"] > book["lora gguf"]["kl"] and "on the base's own GGUF its KL" in result.stderr
+
+
+def test_a_template_with_another_tokenizer_is_caught(small_run, template_of, embedded, tmp_path):
+    """Same shapes, same tensors, other words: the logits agree, for they are asked by token ids."""
+    run, base = small_run
+    words = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{i:02X}>", 0.0, 6) for i in range(256))]
+    words += [(f"w{i}", -float(i), 1) for i in range(49152 - len(words))]
+    template = template_of(base, tmp_path / "template.gguf", tokens=words)
+    result = export_command(run, "--to", tmp_path / "out", "--formats", "f16", "--gguf-template", template)
+    entry = json.loads((tmp_path / "out" / "export.json").read_text())["formats"]["f16"]
+    assert result.exit_code == 1 and entry["kl"] < 1e-3 and entry["same_tokens"] == 0 and "splits text into other tokens" in result.stderr, result.output
+
+
+def test_one_lost_format_does_not_stain_the_others(small_run, template_of, embedded, tmp_path, monkeypatch):
+    """A file that llama.cpp cannot load fails alone; a later call that succeeds says so; the failed file goes once a good one is there."""
+    run, base = small_run
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
+    write = export.Exporter.write
+
+    def spoil(self, kind, quantize):
+        (artefact,) = write(self, kind, quantize)
+        if kind == "f16":
+            artefact.path.write_bytes(artefact.path.read_bytes()[: 10_000_000])
+        return [artefact]
+
+    monkeypatch.setattr(export.Exporter, "write", spoil)
+    arguments = run, "--to", tmp_path / "out", "--gguf-template", template, "--formats"
+    result = export_command(*arguments, "f16,q8_0,modelfile")
+    book = json.loads((tmp_path / "out" / "export.json").read_text())["formats"]
+    assert result.exit_code == 1 and "truncated GGUF" in result.stderr and not book["f16"]["ok"] and book["q8_0"]["ok"] and book["modelfile"]["describes"] == book["q8_0"]["file"], result.output
+    assert json.loads((run / "export.json").read_text())["formats"] == book
+    assert export_command(*arguments, "q8_0").exit_code == 0  # nothing of what was asked for now is lost
+    monkeypatch.setattr(export.Exporter, "write", write)
+    assert export_command(*arguments, "f16").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "export.json", "someone-hub-base-run-f16.gguf", "someone-hub-base-run-q8_0.gguf"]
+
+
+def test_a_modelfile_alone_needs_a_gguf_and_no_proof(small_run, template_of, embedded, tmp_path, monkeypatch):
+    run, base = small_run
+    arguments = run, "--to", tmp_path / "out", "--gguf-template", template_of(base, tmp_path / "template.gguf", like=embedded.template), "--formats"
+    result = export_command(*arguments, "modelfile")
+    assert result.exit_code == 1 and "none that passed its proof is there" in result.stderr and not (tmp_path / "out").exists()
+    assert export_command(*arguments, "q8_0").exit_code == 0
+    monkeypatch.setattr(k, "measure_trained", lambda *_: pytest.fail("nothing is to be measured"))
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    result = export_command(run, "--to", tmp_path / "moved", "--gguf-template", tmp_path / "template.gguf", "--formats", "modelfile")
+    assert result.exit_code == 0 and "FROM ./someone-hub-base-run-q8_0.gguf" in (tmp_path / "moved" / "Modelfile").read_text(), result.output
+
+
+def test_a_base_that_changed_since_the_training_is_told(small_run, tmp_path):
+    run, base = small_run
+    (base / "generation_config.json").write_text("{}")
+    result = export_command(run, "--to", tmp_path / "out", "--formats", "merged")
+    assert result.exit_code == 1 and "has changed since the training" in result.stderr
+
+
+def test_llama_3_1s_rope_comes_in_with_the_gguf(tiny_directory, template_of, embedded, tmp_path):
+    """transformers' import knows nothing of rope_freqs: torch would train a model that llama.cpp does not run."""
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    directory = tiny_directory("llama", **{**ROOMY, "vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "max_position_embeddings": 512, "rope_parameters": rope})
+    wave = 2 * np.pi * 10000.0 ** (np.arange(0, 16, 2) / 16)
+    smooth = (64 / wave - 1) / 3
+    factors = np.where(wave < 16, 1, np.where(wave > 64, 8, 1 / ((1 - smooth) / 8 + smooth))).astype(np.float32)
+    template = template_of(directory, tmp_path / "template.gguf", like=embedded.template, chat_template="x", tensors={"rope_freqs.weight": factors})
+    path = gguf_io.write_gguf(template, tmp_path / "scaled.gguf", "f32", gguf_io.gguf_tensors(Weights(directory)))
+    imported = gguf_io.import_gguf(path, tmp_path / "imported")
+    ids = [torch.randint(100, 40000, (400,), generator=torch.manual_seed(0)).tolist()]
+    torch_says, before = (k.torch_logits(k.load_plain(d, torch.float32), ids) for d in (imported, directory))
+    with k.Worker() as worker:
+        worker.load("m", path)
+        assert export.kl_and_agreement(torch_says, worker.next_logits("m", ids))[0] < 1e-5
+    assert np.allclose(torch_says, before, atol=1e-3)
+    odd = template_of(directory, tmp_path / "odd.gguf", like=embedded.template, chat_template="x", tensors={"rope_freqs.weight": factors[::-1].copy()})
+    with pytest.raises(ExportError, match="rope_freqs are not Llama 3.1's"):
+        gguf_io.import_gguf(odd, tmp_path / "odd")
+
+
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
@@ -489,10 +575,10 @@ kardia_lite.cli()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 @pytest.mark.parametrize("kind", ["merged", "f16", "q5_0"])
-def test_a_full_disk_leaves_one_line_and_no_half_file(small_run, template_of, tmp_path, kind):
+def test_a_full_disk_leaves_one_line_and_no_half_file(small_run, template_of, embedded, tmp_path, kind):
     """The kernel itself refuses to write on: no file of this process or its worker may grow beyond a limit (for q5_0 it is the bf16 file on the way)."""
     run, base = small_run
-    template = template_of(base, tmp_path / "template.gguf")
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
     command = [sys.executable, "-c", FULL, "3000000", str(k.HERE), "export", str(run), "--to", str(tmp_path / "out"), "--formats", kind, "--answers", "0", "--gguf-template", str(template)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -501,7 +587,7 @@ def test_a_full_disk_leaves_one_line_and_no_half_file(small_run, template_of, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's prlimit")
-def test_llama_cpps_quantizer_failing_leaves_one_line_and_no_half_file(small_run, template_of, tmp_path, monkeypatch):
+def test_llama_cpps_quantizer_failing_leaves_one_line_and_no_half_file(small_run, template_of, embedded, tmp_path, monkeypatch):
     """It returns an error and leaves what it had written; only the worker's own files are limited here."""
     import resource
 
@@ -513,7 +599,7 @@ def test_llama_cpps_quantizer_failing_leaves_one_line_and_no_half_file(small_run
         quantize(self, source, target, kind)
 
     monkeypatch.setattr(k.Worker, "quantize", on_a_full_disk)
-    template = template_of(base, tmp_path / "template.gguf")
+    template = template_of(base, tmp_path / "template.gguf", like=embedded.template)
     result = export_command(run, "--to", tmp_path / "out", "--formats", "f16,q5_0", "--gguf-template", template)
     assert result.exit_code == 1 and "llama.cpp could not quantize to q5_0" in result.stderr and "Traceback" not in result.output, result.output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["export.json", "someone-hub-base-run-f16.gguf"]
