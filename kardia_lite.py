@@ -41,14 +41,16 @@ from typing import Any
 import click
 
 from kardia import clients, corpus, datasets_io, exam, export, gguf_io, judge_lora, memory, packing, report
+from kardia.asking import llama_answers, load_plain, torch_answers, torch_logits
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, quiet, resolve_base
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
+from kardia.memory import compute_dtype, proof_dtype
 from kardia.rubric import METHODS, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
-from kardia.weights import ExportError, Weights, atomic, lora_pairs, read_adapter
+from kardia.weights import ExportError, atomic, lora_pairs, read_adapter
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -376,15 +378,6 @@ def ready(tokenizer, name: str):
     return tokenizer
 
 
-def compute_dtype():
-    """bfloat16 where the hardware multiplies it, else float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and memory.has_fast_bf16() else torch.float32
-
-
 def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, max_length: int = 1024, dtype=None):
     """The base with a LoRA on all linear layers, a new one or a trained one to go on with. Returns a PeftModel.
 
@@ -414,15 +407,6 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: does not fit the base {base.name} (adapter of another base?): {str(error).splitlines()[0][:120]}") from error
-
-
-def load_plain(directory: Path, dtype):
-    """A whole model as any user of transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    quiet()
-    fits = memory.on_gpu(Weights(directory).count() * dtype.itemsize)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if fits else None).eval()
 
 
 def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
@@ -1110,32 +1094,6 @@ class Answerer:
         return llama_answers(self.worker, "policy", tokenizer, prompts, max_tokens, temperature, seed, at)
 
 
-def llama_answers(worker: Worker, role: str, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None) -> list[str]:
-    seeds = [seed + i for i in range(len(prompts))]
-    samples = worker.rollout(prompts, role=role, group=1, max_tokens=max_tokens, seeds=seeds, stop=[tokenizer.eos_token_id], temperature=temperature, parallel=16, progress=at) if prompts else []
-    return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
-
-
-def torch_answers(model, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None, batch: int = 8) -> list[str]:
-    """`generate`, a few prompts at a time, padded on the left."""
-    import torch
-
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        width = max(map(len, some))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in some], device=model.device)  # [some, width]
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
-        with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
-        answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        if at:
-            at(len(answers))
-    return answers
-
-
 def lora_gguf(run: Run, base: Base) -> Path:
     """The run's adapter as GGUF, written once beside it."""
     target = run.path / "adapter" / "adapter.gguf"
@@ -1198,32 +1156,6 @@ def proof_prompts(renderer: Renderer, dialogues: list[Dialogue], places: int = 8
             answer = [i for i, label in enumerate(labels) if label != -100]
             prompts += [ids[: answer[len(answer) * i // places]] for i in range(places)]
     return prompts
-
-
-def torch_logits(model, prompts: list[list[int]]):
-    """Next-token logits, float32 numpy [prompts, vocabulary]; prompts that begin alike (places in one dialogue) share one pass."""
-    import numpy as np
-    import torch
-
-    rows: list[Any] = [None] * len(prompts)
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        if rows[i] is not None:
-            continue
-        inside = [j for j, p in enumerate(prompts) if rows[j] is None and prompts[i][: len(p)] == p]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompts[i]], device=model.device), use_cache=False, logits_to_keep=torch.tensor([len(prompts[j]) - 1 for j in inside], device=model.device)).logits[0]  # [inside, vocabulary]
-        for j, row in zip(inside, logits.float().cpu().numpy()):
-            rows[j] = row
-    return np.stack(rows)
-
-
-def proof_dtype(n_parameters: int):
-    """float32 where it fits: the proof is not to be blurred by bfloat16's rounding."""
-    import psutil
-    import torch
-
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    return torch.float32 if 6 * n_parameters < free else compute_dtype()
 
 
 def measure_trained(base: Base, run: Run, prompts: list[list[int]], asked: list[Dialogue], texts: list[str], renderer: Renderer, max_tokens: int, dtype) -> Yardstick:

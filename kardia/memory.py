@@ -46,6 +46,24 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def compute_dtype():
+    """bfloat16 where the hardware multiplies it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_fast_bf16() else torch.float32
+
+
+def proof_dtype(n_parameters: int):
+    """float32 where it fits: the proof is not to be blurred by bfloat16's rounding."""
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return torch.float32 if 6 * n_parameters < free else compute_dtype()
+
+
 def has_gpu() -> bool:
     import torch
 
