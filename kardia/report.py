@@ -566,9 +566,10 @@ def _export(data: dict, *_) -> str:
         rows.append(["the trained model", "", "", "", "", "", share(trained.get("valid")), score(trained), "", ""])
     for name, entry in (book.get("formats") or {}).items():
         kl, base = _number(entry.get("kl")), _number(entry.get("kl_base"))
-        verdict = VERDICTS["lost"] if not entry.get("ok") else "not measured" if kl is None else VERDICTS.get(entry.get("verdict"), VERDICTS["ok"])
+        measured = VERDICTS.get(entry.get("verdict"), VERDICTS["ok"]) if kl is not None else "text" if entry.get("loader") == "text" else "not measured"
+        verdict = measured if entry.get("ok") else VERDICTS["lost"]
         rows.append([
-            _text(name), f"{(_number(entry.get('bytes')) or 0) / 1e6:,.1f} MB", f"{kl:.1e}".replace("-", "−") if kl is not None else "–", share(kl / base if kl is not None and base else None, 2),
+            _text(name), f"{(_number(entry.get('bytes')) or 0) / 1e6:,.1f}\u00a0MB", f"{kl:.1e}".replace("-", "−") if kl is not None else "–", share(kl / base if kl is not None and base else None, 2),
             share(entry.get("kept")), share(entry.get("agreement")), share(entry.get("valid")), score(entry), verdict, f"<small class=prose>{_text(entry.get('path'))}</small>",
         ])  # fmt: skip
         notes += [f"<li>{_text(name)}: {_text(entry['why'])}.</li>"] if entry.get("why") else []
