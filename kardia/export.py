@@ -63,9 +63,8 @@ class Exporter:
         """What should be known before hours are spent: errors raise, the rest is returned as lines."""
         notes = []
         types = [kind for kind in formats if kind not in FORMATS]
-        if types and not self.llama_cpp:
-            if self.base.template is None:
-                raise ExportError(f"{types[0]}: the base {self.base.name} came without a GGUF; give one of the same model with --gguf-template FILE.gguf, or llama.cpp's source with --llama-cpp DIR, or export merged,lora")
+        if types and not self.llama_cpp and self.base.template is None:
+            raise ExportError(f"{types[0]}: the base {self.base.name} came without a GGUF; give one of the same model with --gguf-template FILE.gguf, or llama.cpp's source with --llama-cpp DIR, or export merged,lora")
         if self.base.template and (types and not self.llama_cpp or "lora" in formats):
             gguf_io.check_template(self.base.template, self.weights)
         if self.llama_cpp:
@@ -93,8 +92,7 @@ class Exporter:
     def write(self, kind: str, quantize) -> list[Artefact]:
         """Build one format in `work`. quantize(source, target, type) is llama.cpp's quantizer, in the worker."""
         if kind == "merged":
-            self.merged = write_merged(self.weights, self.work / "merged", self.stop)
-            write_chat_template(self.merged, self.metadata["tokenizer.chat_template"])
+            self.merged = self._merge(self.work / "merged")
             return [Artefact("merged", self.merged, "transformers")]
         if kind == "lora":
             found = [Artefact("lora", self._peft(), "peft")]
@@ -118,12 +116,16 @@ class Exporter:
                 temporary.unlink(missing_ok=True)
         return [Artefact(kind, path, "llama.cpp")]
 
+    def _merge(self, path: Path) -> Path:
+        write_merged(self.weights, path, self.stop)
+        write_chat_template(path, self.metadata["tokenizer.chat_template"])
+        return path
+
     def _gguf(self, path: Path, kind: str) -> Path:
         if not self.llama_cpp:
             return gguf_io.write_gguf(self.base.template, path, kind, gguf_io.gguf_tensors(self.weights), self.metadata)
         if self.merged is None:
-            self.merged = write_merged(self.weights, self.work / "between", self.stop)
-            write_chat_template(self.merged, self.metadata["tokenizer.chat_template"])
+            self.merged = self._merge(self.work / "between")
         return gguf_io.convert(self.llama_cpp, self.merged, path, kind)
 
     def _peft(self) -> Path:

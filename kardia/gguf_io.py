@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kardia.gguf_tokenizer import import_tokenizer
-from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, lora_scale, read_gguf, reason
+from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, gguf_value, lora_scale, read_gguf, reason
 
 # architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
 ARCHITECTURES = {
@@ -104,13 +104,12 @@ def gguf_tensors(weights: Weights) -> dict[str, Callable]:
 def check_template(template: Path, weights: Weights) -> None:
     """Raises ExportError unless the GGUF `template` is of the same model: architecture, layers, width, vocabulary, names of tensors."""
     reader, config = read_gguf(template), weights.config
-    field = lambda key: found.contents() if (found := reader.get_field(key)) is not None else None  # noqa: E731
-    if (field("split.count") or 1) > 1:
+    if (gguf_value(reader, "split.count") or 1) > 1:
         raise ExportError(f"{template}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
-    architecture, wanted = field("general.architecture"), architecture_of(config, str(weights.directory))[0]
+    architecture, wanted = gguf_value(reader, "general.architecture"), architecture_of(config, str(weights.directory))[0]
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     rows = int(embedding.shape[1]) if embedding is not None else None
-    theirs = architecture, field(f"{architecture}.block_count"), field(f"{architecture}.embedding_length"), rows
+    theirs = architecture, gguf_value(reader, f"{architecture}.block_count"), gguf_value(reader, f"{architecture}.embedding_length"), rows
     embed = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
     ours = wanted, config["num_hidden_layers"], config["hidden_size"], weights.shape(embed)[0] if embed else None
     if theirs != ours:
@@ -172,7 +171,7 @@ def write_gguf(template: Path, target: Path, file_type: str, replace: dict | Non
     plan, names = _plan(reader, file_type), {tensor.name for tensor in reader.tensors}
     replace = _complete(template, names, replace) if replace else {}
     temporary = atomic(target)
-    writer = gguf.GGUFWriter(temporary, reader.get_field("general.architecture").contents())
+    writer = gguf.GGUFWriter(temporary, gguf_value(reader, "general.architecture"))
     _copy_metadata(reader, writer, metadata or {})
     writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -306,16 +305,16 @@ def _rope(source: Path, config) -> dict:
     import gguf
 
     reader, rope = read_gguf(source), dict(config.rope_parameters or {})
-    architecture = reader.get_field("general.architecture").contents()
-    field = lambda key: found.contents() if (found := reader.get_field(f"{architecture}.rope.scaling.{key}")) is not None else None  # noqa: E731
+    architecture = gguf_value(reader, "general.architecture")
+    scaling, factor = (gguf_value(reader, f"{architecture}.rope.scaling.{key}") for key in ("type", "factor"))
     factors = next((gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
     if factors is not None:
         return {**rope, **_llama3_rope(source, factors, rope["rope_theta"])}
-    if field("type") in (None, "none"):
+    if scaling in (None, "none"):
         return rope
-    if field("type") != "linear":
-        raise ExportError(f"{source}: its rope scaling ({field('type')}) cannot be taken over from a GGUF; give the model's Hugging Face directory, and this file as --gguf-template")
-    scaled = {"rope_type": "linear", "factor": field("factor")}
+    if scaling != "linear":
+        raise ExportError(f"{source}: its rope scaling ({scaling}) cannot be taken over from a GGUF; give the model's Hugging Face directory, and this file as --gguf-template")
+    scaled = {"rope_type": "linear", "factor": factor}
     return {**rope, "full_attention": {**rope["full_attention"], **scaled}} if "full_attention" in rope else {**rope, **scaled}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from kardia.weights import ExportError, read_gguf, reason
+from kardia.weights import ExportError, gguf_value, read_gguf, reason
 
 Field = Callable[[str], object]  # key below "tokenizer." -> its value, None if the file has it not
 
@@ -33,7 +33,7 @@ def import_tokenizer(source: Path):
     from transformers import AutoTokenizer
 
     reader = read_gguf(source)
-    field: Field = lambda key: found.contents() if (found := reader.get_field(f"tokenizer.{key}")) is not None else None  # noqa: E731
+    field: Field = lambda key: gguf_value(reader, f"tokenizer.{key}")  # noqa: E731
     try:
         if field("ggml.model") == "llama":
             tokenizer = _wrap(_sentencepiece(field), field, add_bos=True)

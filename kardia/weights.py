@@ -38,6 +38,12 @@ def read_gguf(path: Path):
     return _reader(str(path), path.stat().st_mtime_ns)
 
 
+def gguf_value(reader, key: str):
+    """A metadata value of a GGUF, None if it has it not."""
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
+
+
 @functools.lru_cache(maxsize=1)
 def _reader(path: str, changed: int):
     import gguf
