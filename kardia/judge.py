@@ -29,6 +29,7 @@ from kardia.llama import LlamaError, Worker, logsumexp, sigmoid
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
 BIG = 1_000_000_000  # parameters from which `likert` is worth asking for; below, a model knows no digits (0.39 at 135M)
+HELD_OUT = "held_out"  # `ask` with the criterion's other question: no method to choose, a witness
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; cannot occur in a template's own output
 
 
@@ -122,6 +123,7 @@ class Judge:
         worker.set_lora(role, lora)
         self.path, self.lora, self.identity = str(path), lora, identity
         self.calibration: dict[str, Calibration] = {}
+        self.other_words: dict[str, Calibration] = {}  # of the held-out questions; empty until the exam says what they are worth
         self.method: dict[str, str] = {}  # the exam's choice; without one the first that suits the judge
         self.cache = Scores(cache) if cache and identity else None
         self._reading = reading()
@@ -248,6 +250,15 @@ class Judge:
         for item, raw in zip(items, self.raw(items)):
             out.append({name: x if x is None else 0.0 if x == KNOWN_BAD else self.calibration.get(name, Calibration())(x) for name, x in raw.items()})
         return out
+
+
+    def weights_bytes(self) -> int:
+        return sum(Path(file).stat().st_size for file in (self.path, self.lora) if file)
+
+    def held_out_scores(self, items: list[Item]) -> list[dict[str, float | None]]:
+        """The same replies asked for in the words that are never rewarded: {criterion: 0..1}, None where the judge cannot tell."""
+        asked = [(c, HELD_OUT) for c in self.rubric.criteria if c.name in self.other_words]
+        return [{name: x if x is None else 0.0 if x == KNOWN_BAD else self.other_words[name](x) for (name, _), x in row.items()} for row in self.numbers(items, asked)] if asked else []
 
 
 def render_template(template: str, messages: list[dict[str, str]], bos: str, eos: str) -> str:

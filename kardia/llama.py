@@ -281,7 +281,7 @@ class _Engine:
         return list(tokens[:n])
 
     def rollout(self, role: str, prompts: list[list[int]], group: int, max_tokens: int, temperature: float, top_p: float,
-                min_p: float, seeds: list[int], stop: list[int], parallel: int) -> list[dict]:
+                min_p: float, seeds: list[int], stop: list[int], parallel: int, stream: bool = False) -> list[dict]:
         """Sample `group` completions of every prompt. Returns prompts x group dicts {ids, logprobs}, prompt-major.
 
         At most `parallel` sequences (and at least one group) are decoded together: as soon as enough have ended, the
@@ -315,12 +315,15 @@ class _Engine:
             for sample, token, logp in zip(live, tokens, logps):
                 samples[sample]["ids"].append(int(token))
                 samples[sample]["logprobs"].append(float(logp))
+                if stream:
+                    self.tell(int(token))
             for seq in reversed(range(len(live))):
                 ids = samples[live[seq]]["ids"]
                 if ids[-1] in stop or len(ids) == max_tokens:
                     self._retire(memory, live, seq)
                     ended += 1
-                    self.tell(ended)
+                    if not stream:
+                        self.tell(ended)
             if live:
                 last = [(samples[s]["ids"][-1], len(prompts[s // group]) + len(samples[s]["ids"]) - 1) for s in live]
                 self._decode(entry, [(token, at, [seq], True) for seq, (token, at) in enumerate(last)])
@@ -630,14 +633,14 @@ class Worker:
         return self.call("tokenize", role=role, texts=texts, special=special)
 
     def rollout(self, prompts: list[list[int]], *, group: int, max_tokens: int, seeds: list[int], stop: list[int], temperature: float = 1.0,
-                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32, progress: Callable[[int], None] | None = None) -> list[dict]:
+                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32, progress: Callable[[int], None] | None = None, stream: bool = False) -> list[dict]:
         """See `_Engine.rollout`. `seeds`: one per completion, prompt-major; the same seeds give the same rollouts.
-        `progress` is told how many completions have ended."""
+        `progress` is told how many completions have ended; with `stream` (one prompt, group 1) each token as it is drawn."""
         if len(seeds) != len(prompts) * group:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {group}")
         self._progress = progress or (lambda done: None)
         return self.call("rollout", role=role, prompts=prompts, group=group, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                         min_p=min_p, seeds=seeds, stop=stop, parallel=parallel)
+                         min_p=min_p, seeds=seeds, stop=stop, parallel=parallel, stream=stream)
 
     def branches(self, role: str, prefix: list[int], replies: list[list[int]], suffixes: list, score_reply: bool = False) -> list[dict]:
         return self.call("branches", role=role, prefix=prefix, replies=replies, suffixes=suffixes, score_reply=score_reply)

@@ -80,19 +80,6 @@ def gpu_line() -> str:
     return f"{properties.name}, {properties.total_memory / GB:.0f} GB"
 
 
-def peak_memory_gb() -> float:
-    """Highest resident memory of this process so far, GB."""
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / GB if sys.platform == "darwin" else peak * 1024 / GB
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / GB
-
-
 def keep_freed_pages() -> None:
     """Tell glibc to keep large freed blocks instead of returning them to the system: torch's activations then reuse
     pages that are mapped already (one CPU training pass: 2.2 s -> 1.9 s). No effect elsewhere."""
@@ -125,7 +112,11 @@ def on_gpu(n_bytes: float) -> bool:
 
 
 class PeakSampler:
-    """Peak memory of this process and all its children together, sampled twice a second (proportional set size where the system tells it)."""
+    """The largest `used_gb`, sampled twice a second."""
+
+    @property
+    def of(self) -> str:
+        return "all that was in use on the GPU" if has_gpu() else "this process and the llama.cpp worker"
 
     def __init__(self) -> None:
         import threading
@@ -142,17 +133,31 @@ class PeakSampler:
         self._thread.join()
 
     def _run(self) -> None:
-        import psutil
-
-        me = psutil.Process()
         while not self._stop.wait(0.5):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss if sys.platform == "linux" else process.memory_info().rss
-                except (psutil.Error, AttributeError):
-                    continue
-            self.peak = max(self.peak, total / GB)
+            self.peak = max(self.peak, used_gb())
+
+
+def processes_gb() -> float:
+    """Memory of this process and its children (the llama.cpp worker), pages they share counted once where the system can tell."""
+    import psutil
+
+    me, total = psutil.Process(), 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss if sys.platform == "linux" else process.memory_info().rss
+        except (psutil.Error, AttributeError):
+            continue
+    return total / GB
+
+
+def used_gb() -> float:
+    """What a run takes of the memory that is short: on a GPU what is in use there, by whomever; else `processes_gb`."""
+    if not has_gpu():
+        return processes_gb()
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GB
 
 
 def shape(config: dict) -> dict[str, int]:

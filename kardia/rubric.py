@@ -1,4 +1,4 @@
-"""rubrics.yaml as a checked record: criteria, judge wording, reward weights, emotion labels."""
+"""rubrics.yaml as a checked record: what an answer looks like, criteria, judge wording, reward weights, labels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kardia.exam import digest as short_hash
+from kardia.judge import HELD_OUT
 from kardia.runs import UserError
 
 
@@ -18,6 +20,42 @@ class Cue:
     text: str
     good: tuple[str, ...]
     bad: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer looks like. The default is Kardia-R1's four spans; `answer` in rubrics.yaml gives another."""
+
+    spans: tuple[tuple[str, str], ...] = (  # (name, hint in the system prompt), in the order of an answer
+        ("understanding", "who this is and what they need"), ("reasoning", "why they feel so and what helps"), ("emotion", "one word"), ("response", "your reply, about 30 words"),
+    )  # fmt: skip
+    label: str = "emotion"  # the span that must be exactly the row's label; also the row's key, and a component of the reward
+    reply: str = "response"  # the span that the person reads, and the judge
+    system: str = "You are a warm, attentive listener. Answer in four spans"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.spans)
+
+    @cached_property
+    def marker(self) -> re.Pattern:
+        return re.compile(rf"<\|({'|'.join(self.names)})_(begin|end)\|>")
+
+    @cached_property
+    def whole(self) -> re.Pattern:
+        """All spans in order, nothing but spaces outside them."""
+        return re.compile(r"\s*" + r"\s*".join(rf"<\|{name}_begin\|>(?P<{name}>.*?)<\|{name}_end\|>" for name in self.names) + r"\s*", re.DOTALL)
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json: what reads a run later must know its form, whatever rubrics.yaml says by then."""
+        return {"spans": list(self.names), "label": self.label, "reply": self.reply, "hints": [hint for _, hint in self.spans], "system": self.system}
+
+    @classmethod
+    def of(cls, facts: dict[str, Any] | None) -> "Form":
+        return cls(tuple(zip(facts["spans"], facts["hints"])), facts["label"], facts["reply"], facts["system"]) if facts else cls()
+
+
+KARDIA = Form()
 
 
 METHODS = ("ask", "contrast", "pmi", "likert")  # what each does: kardia/judge.py
@@ -31,20 +69,24 @@ class Criterion:
     methods: tuple[str, ...]  # candidates; the exam chooses, the first one wins a tie
     cues: tuple[Cue, ...] = ()  # of method contrast
     ask: str = ""  # the question of method ask
+    held_out: str = ""  # the same criterion in other words: asked now and then, never rewarded
 
     def cues_of(self, method: str) -> tuple[Cue, ...]:
         """What follows the reply before the judge is read: a yes-or-no question, or the contrast cues."""
         if method == "ask":
             return (Cue(self.ask or f"\nIs it true that {self.description}? Answer:", (" yes",), (" no",)),)
+        if method == HELD_OUT:
+            return (Cue(self.held_out, (" yes",), (" no",)),)
         return self.cues if method == "contrast" else ()
 
 
 @dataclass(frozen=True)
 class Rubric:
     criteria: tuple[Criterion, ...]
-    rewards: dict[str, float]  # component -> weight, summing to 1
-    emotions: dict[str, tuple[str, ...]]  # label -> aliases
+    rewards: dict[str, float]  # component (format, the label's span, rubric) -> weight, summing to 1
+    emotions: dict[str, tuple[str, ...]]  # label -> aliases (the labels are emotions where the task is empathy)
     hash: str
+    form: Form = KARDIA
 
     @property
     def labels(self) -> dict[str, str]:
@@ -59,6 +101,9 @@ class Rubric:
         """The same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
         criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
         return dataclasses.replace(self, criteria=criteria)
+
+
+ROW_KEYS = {"person", "mbti", "situation", "anon_username", "messages"}  # of every task; the label's key comes on top
 
 
 @dataclass(frozen=True)
@@ -95,7 +140,7 @@ class _Checks:
         return tuple(value)
 
     def criterion(self, key: str, entry: Any, taken: set[str]) -> Criterion:
-        entry = self.mapping(key, entry, {"name", "description", "weight", "method"}, {"cues", "ask"})
+        entry = self.mapping(key, entry, {"name", "description", "weight", "method"}, {"cues", "ask", "held_out"})
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
             raise self.bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
         if entry["name"] in taken:
@@ -112,8 +157,27 @@ class _Checks:
             cues.append(Cue(self.text(f"{at}.text", cue["text"], "the words that come before good and bad"), self.words(f"{at}.good", cue["good"]), self.words(f"{at}.bad", cue["bad"])))
         if "contrast" in methods and not cues:
             raise self.bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
-        ask = self.text(f"{key}.ask", entry["ask"], "a question that yes or no answers") if "ask" in entry else ""
-        return Criterion(entry["name"], str(entry["description"]), self.number(f"{key}.weight", entry["weight"]), methods, tuple(cues), ask)
+        questions = {name: self.text(f"{key}.{name}", entry[name], "a question that yes or no answers") for name in ("ask", "held_out") if name in entry}
+        return Criterion(entry["name"], str(entry["description"]), self.number(f"{key}.weight", entry["weight"]), methods, tuple(cues), **questions)
+
+    def form(self, entry: Any) -> Form:
+        """`answer`: {system, spans: {name: hint}, label, reply}."""
+        entry = self.mapping("answer", entry, {"system", "spans", "label", "reply"})
+        spans = entry["spans"]
+        if not isinstance(spans, dict) or len(spans) < 2:
+            raise self.bad("answer.spans", spans, "a mapping of at least two span names to hints, in the order of an answer")
+        for name, hint in spans.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)) or name in ("format", "rubric"):
+                raise self.bad("answer.spans", name, "names of lower-case letters, digits and underscores (not format or rubric)")
+            self.text(f"answer.spans.{name}", hint, "a few words for the system prompt")
+        for key in ("label", "reply"):
+            if not isinstance(entry[key], str) or entry[key] not in spans:
+                raise self.bad(f"answer.{key}", entry[key], f"one of the spans ({', '.join(spans)})")
+        if entry["label"] in ROW_KEYS:
+            raise self.bad("answer.label", entry["label"], f"a name that is no key of every row ({', '.join(sorted(ROW_KEYS))})")
+        if entry["label"] == entry["reply"]:
+            raise self.bad("answer.reply", entry["reply"], "another span than answer.label")
+        return Form(tuple(spans.items()), entry["label"], entry["reply"], self.text("answer.system", entry["system"], "a text").rstrip(" .:"))
 
 
 def load_rubric(path: Path) -> Rubric:
@@ -127,10 +191,13 @@ def load_rubric(path: Path) -> Rubric:
         raise UserError(f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from error
-    root = check.mapping("rubric", root, {"version", "rewards", "criteria", "emotions"})
+    named = "labels" if isinstance(root, dict) and "labels" in root else "emotions"  # one of the two
+    root = check.mapping("rubric", root, {"version", "rewards", "criteria", named}, {"answer"})
     if root["version"] != 1:
         raise check.bad("version", root["version"], "1")
-    rewards = {name: check.number(f"rewards.{name}", value) for name, value in check.mapping("rewards", root["rewards"], {"format", "emotion", "rubric"}).items()}
+    form = check.form(root["answer"]) if "answer" in root else KARDIA
+    given = check.mapping("rewards", root["rewards"], {"format", form.label, "rubric"})
+    rewards = {name: check.number(f"rewards.{name}", given[name]) for name in ("format", form.label, "rubric")}
     if not sum(rewards.values()):
         raise check.bad("rewards", "all weights zero", "at least one weight above 0")
     if not isinstance(root["criteria"], list) or not root["criteria"]:
@@ -140,17 +207,17 @@ def load_rubric(path: Path) -> Rubric:
         criteria.append(check.criterion(f"criteria[{i}]", entry, {c.name for c in criteria}))
     if rewards["rubric"] and not sum(c.weight for c in criteria):
         raise check.bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
-    emotions = root["emotions"]
+    emotions = root[named]
     if not isinstance(emotions, dict):
-        raise check.bad("emotions", emotions, "a mapping of labels to lists of words")
+        raise check.bad(named, emotions, "a mapping of labels to lists of words")
     if len(emotions) < 2:
-        raise check.bad("emotions", emotions, "at least two labels")
-    labels = {str(label): check.words(f"emotions.{label}", aliases) if aliases else () for label, aliases in emotions.items()}
+        raise check.bad(named, emotions, "at least two labels")
+    labels = {str(label): check.words(f"{named}.{label}", aliases) if aliases else () for label, aliases in emotions.items()}
     owner: dict[str, str] = {}
     for label, aliases in labels.items():
         for word in (label, *aliases):
             if owner.setdefault(word.lower(), label) != label or (word != label and word.lower() in map(str.lower, labels)):
-                raise check.bad(f"emotions.{label}", word, f"a word that does not already mean {owner[word.lower()]!r}")
+                raise check.bad(f"{named}.{label}", word, f"a word that does not already mean {owner[word.lower()]!r}")
     total = sum(rewards.values())
     digest = short_hash(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
-    return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest)
+    return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest, form)

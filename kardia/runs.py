@@ -25,9 +25,15 @@ class UserError(click.ClickException):
     """A mistake the user can mend: one line (value, rule, fix), exit 1, no traceback."""
 
 
+SCREEN: list[Any] = []  # the rich console of what is being redrawn, if something is
+
+
 def say(text: str = "") -> None:
     """Progress for a person, on stderr; stdout is kept for the product."""
-    click.echo(text, err=True)
+    if SCREEN:
+        SCREEN[-1].print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        click.echo(text, err=True)
 
 
 @contextmanager
@@ -52,8 +58,12 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
         return
     columns = TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
+        SCREEN.append(console)
         task = bar.add_task(title, total=total)
-        yield lambda done, of=None: bar.update(task, completed=done, **({"total": of} if of else {}))
+        try:
+            yield lambda done, of=None: bar.update(task, completed=done, **({"total": of} if of else {}))
+        finally:
+            SCREEN.remove(console)
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
@@ -140,7 +150,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Before a resume from `step`: forget what was logged after it, it will be logged again."""
-        for name in ("log.jsonl", "completions.jsonl"):
+        for name in ("log.jsonl", "completions.jsonl", "tokens.jsonl"):
             path = self.path / name
             if path.exists():
                 kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}") and json.loads(line)["step"] <= step]

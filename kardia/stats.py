@@ -55,10 +55,10 @@ def summarize(dialogues, answers, scores, rubric, seed: int) -> dict[str, Any]:
     """Means with intervals per model, paired differences between neighbours and to the first model, win rates, examples."""
     import numpy as np
 
-    metrics = ["format", "emotion", "rubric", *(c.name for c in rubric.criteria)]
+    metrics = ["format", rubric.form.label, "rubric", *(c.name for c in rubric.criteria)]
     table = {name: {m: np.array([np.nan if (v := {**r.components, **r.criteria}.get(m)) is None else v for r in rewards]) for m in metrics} for name, rewards in scores.items()}
     names, rng = list(table), np.random.default_rng(seed)
-    summary: dict[str, Any] = {"models": names, "prompts": len(dialogues), "metrics": {}, "differences": [], "win_rate": [], "examples": []}
+    summary: dict[str, Any] = {"models": names, "rewards": metrics[:3], "prompts": len(dialogues), "metrics": {}, "differences": [], "win_rate": [], "examples": []}
     for name in names:
         summary["metrics"][name] = {m: bootstrap(v[~np.isnan(v)], rng) for m, v in table[name].items() if (~np.isnan(v)).any()}
     for i, name in enumerate(names[1:], 1):
@@ -75,7 +75,7 @@ def summarize(dialogues, answers, scores, rubric, seed: int) -> dict[str, Any]:
     for i in range(min(6, len(dialogues))):
         d = dialogues[i]
         shown = {name: {"text": answers[name][i], "valid": scores[name][i].problem is None, "problem": scores[name][i].problem, "scores": scores[name][i].criteria} for name in names}
-        summary["examples"].append({"person": d.person, "situation": d.situation, "emotion": d.emotion, "messages": [{"role": r, "content": c} for r, c in d.messages], "answers": shown})
+        summary["examples"].append({"person": d.person, "situation": d.situation, "label": d.label, "messages": [{"role": r, "content": c} for r, c in d.messages], "answers": shown})
     return summary
 
 
@@ -87,11 +87,11 @@ def evaluation_table(summary: dict[str, Any]) -> str:
         cells = []
         for name in names:
             v = summary["metrics"][name].get(metric)
-            five = "" if metric in ("format", "emotion") or not v else f" = {1 + 4 * v['mean']:.2f}/5"
+            five = "" if metric in summary["rewards"][:2] or not v else f" = {1 + 4 * v['mean']:.2f}/5"
             cells.append(f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f}){five}" if v else "-")
         lines.append(metric.ljust(20) + "".join(cell.rjust(26) for cell in cells))
     for d in summary["differences"]:
-        if d["metric"] in ("format", "emotion", "rubric"):
+        if d["metric"] in summary["rewards"]:
             sure = "" if d["low"] > 0 or d["high"] < 0 else "  (the interval includes 0)"
             lines.append(f"{d['better']} minus {d['than']}, {d['metric']}: {d['mean']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}){sure}")
     for win in summary["win_rate"]:
@@ -107,11 +107,11 @@ def exam_table(result: dict) -> str:
     o = result["overall"]
     lines.append(f"{'overall':<20} {'':<9} {result['pairs']:>5} {o['accuracy']:>6.0%} {o['low']:>7.0%} to {o['high']:>4.0%} {o['length_baseline']:>11.0%}  {result['scores_per_second']:.0f} scores per second")
     methods = list(dict.fromkeys(m for e in result["criteria"].values() for m in e["methods"]))
-    lines += ["", f"{'every method':<20} " + "".join(f"{m:>22}" for m in methods) + f"{'longer is better':>20}{'shorter is better':>19}"]
+    lines += ["", f"{'every method':<20} " + "".join(f"{m:>22}" for m in methods) + f"{'longer is better':>20}{'shorter is better':>19}{'in other words':>22}"]
     for name, e in result["criteria"].items():
         cells = (f"{t['accuracy']:.0%} ({t['low']:.0%} to {t['high']:.0%})" if (t := e["methods"].get(m)) else "-" for m in methods)
         bias = (f"{side['accuracy']:.0%} of {side['n']}" if side["n"] else "-" for side in e["length"].values())
-        lines.append(f"{name:<20} " + "".join(cell.rjust(22) for cell in cells) + "".join(cell.rjust(width) for cell, width in zip(bias, (20, 19))))
+        lines.append(f"{name:<20} " + "".join(cell.rjust(22) for cell in cells) + "".join(cell.rjust(width) for cell, width in zip(bias, (20, 19))) + (f"{o['accuracy']:.0%} ({o['low']:.0%} to {o['high']:.0%})" if (o := e.get("held_out")) else "-").rjust(22))
     c, r = result["canaries"], result["repeatability"]
     if c["n"]:
         failed = "".join(f"; {canary!r} raised {', '.join(sorted(set(names)))}" for canary, names in c["failed"].items())

@@ -74,7 +74,7 @@ class Work:
 
     def items(self, completions, index) -> list[Item]:
         """The last 30 words of every completion as a reply in its dialogue."""
-        return [k.as_item(self.dialogues[i], " ".join(k.ANY_MARKER.sub(" ", c[0]["content"]).split()[-30:])) for c, i in zip(completions, index)]
+        return [k.as_item(self.dialogues[i], " ".join(k.KARDIA.marker.sub(" ", c[0]["content"]).split()[-30:])) for c, i in zip(completions, index)]
 
     def trainer(self, trainer_class, name: str, reward, rollout: str, **more):
         from datasets import Dataset

@@ -252,3 +252,53 @@ def test_exam_pairs_that_are_none(tmp_path, content, message):
     with pytest.raises(exam.ExamError, match="pairs.jsonl") as error:
         exam.load_pairs(tmp_path / "pairs.jsonl", ["safety"])
     assert message in str(error.value)
+
+
+def test_the_script_names_what_it_needs():
+    """`uv run kardia_lite.py demo` reads the block at its head (PEP 723); it must be requirements.txt, word for word."""
+    import ast
+    import re
+
+    script = (k.HERE / "kardia_lite.py").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", script)  # the expression of PEP 723 itself
+    assert [kind for kind, *_ in blocks] == ["script"]
+    block = "".join(line[2:] if line.startswith("# ") else line[1:] for line in blocks[0][1].splitlines(keepends=True))
+    named = re.search(r"dependencies = (\[.*?\])", block, re.DOTALL)[1]
+    assert ast.literal_eval(named) == (k.HERE / "requirements.txt").read_text().split()
+    assert 'requires-python = ">=3.10"' in block
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["explain"], "give a run directory, or --toy"),
+    (["explain", "runs/x", "--toy"], "give a run directory, or --toy"),
+])  # fmt: skip
+def test_explain_wants_one_thing(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_run_of_one_task_and_a_rubric_of_another(tmp_path, embedded):
+    path = finished_run(tmp_path / "run", embedded)
+    facts = json.loads((path / "run.json").read_text())
+    review = k.HERE / "tests" / "code_review"
+    k.write_json(path / "run.json", {**facts, "form": k.load_rubric(review / "rubrics.yaml").form.facts()})
+    (path / "adapter").mkdir()
+    (path / "adapter" / "adapter_config.json").write_text("{}")
+    one_line(run("grpo", "--from", path, "--out", tmp_path / "g"), "was trained on answers of change, risk, verdict, comment", "give the --rubric it was trained with")
+    one_line(run("export", path, "--to", tmp_path / "e"), "was trained on answers of change, risk, verdict, comment")
+    assert not (tmp_path / "g").exists() and not (tmp_path / "e").exists()
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name.startswith(("tensorboard", "trackio")) else real(name, *rest))
+    for tracker in ("tensorboard", "trackio"):
+        one_line(run("sft", "--limit", 1, "--track", tracker, "--out", tmp_path / "r"), f"--track {tracker}", f"pip install {tracker}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_show_names_what_is_trained(tmp_path):
+    result = run("data", "check", k.DATA / "prompts.jsonl", "--show", 2)
+    assert "prompts.jsonl:2 as the model sees it" in result.stdout and "a prompt: GRPO draws the answer" in result.stdout and "[[<|" not in result.stdout

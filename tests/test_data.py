@@ -107,7 +107,7 @@ def load(name, rubric):
 def test_shipped_data_is_balanced_and_splits_share_no_person(rubric):
     files = {name: load(f"{name}.jsonl", rubric) for name in ("dialogues", "eval", "prompts")}
     for name, (count, per_emotion) in {"dialogues": (128, 4), "eval": (64, 2), "prompts": (320, 10)}.items():
-        assert len(files[name]) == count and set(Counter(r.emotion for r in files[name]).values()) == {per_emotion}
+        assert len(files[name]) == count and set(Counter(r.label for r in files[name]).values()) == {per_emotion}
     persons = {name: {r.person for r in rows} for name, rows in files.items()}
     assert len(persons["dialogues"]) >= 40
     assert not persons["eval"] & (persons["dialogues"] | persons["prompts"])

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
-from kardia import export, report
+from kardia import explain, export, report
 from kardia.weights import Weights, read_adapter
 
 pytestmark = pytest.mark.real
@@ -139,7 +139,7 @@ def test_grpo_writes_every_rollout_with_scores_and_advantage(grpo):
         assert abs(sum(r["advantage"] for r in rows if r["step"] == step)) < 1e-3
     facts = json.loads((grpo / "run.json").read_text())
     assert facts["judge_exam"]["pairs"] == 10 and facts["rollout"] == "llama" and facts["parent"].endswith("sft")
-    assert "reward" in report.explain(grpo, 1)
+    assert "reward" in explain.explain(grpo, 1)
 
 
 def test_grpo_moves_the_sft_adapter_and_repeats_itself(grpo, sft, work, pairs):

@@ -1,0 +1,111 @@
+"""Talking to a model: an answer printed as it comes, and the few commands of an open-ended talk.
+
+What a model says and what a person pastes are both untrusted: neither may send escape sequences to the terminal, and a
+person's text cannot carry span markers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from kardia.rubric import Form
+from kardia.runs import UserError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # escapes and what turns the direction of text
+CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
+HELP = """\
+/new               forget this talk and begin another
+/back              take the last turn back
+/inner             show or hide the spans that are not for the person
+/profile TEXT      who is talking     /situation TEXT   what happened
+/save FILE.jsonl   add this talk to a file, as a row that `data check` takes
+/quit              end (so does an empty line, or Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Printer:
+    """Writes one answer as it grows: inner spans dim on stderr, the reply on stdout. `feed` takes the whole text so far."""
+
+    def __init__(self, form: Form, inner: bool = True) -> None:
+        self.form, self.inner = form, inner
+        self.open: str | None = None  # the span that is being written
+        self.at, self.replied, self.fresh = 0, False, True
+
+    def feed(self, text: str, last: bool = False) -> None:
+        text = CONTROL.sub(" ", text)
+        while True:
+            if self.open is None:
+                begin = re.compile(rf"<\|({'|'.join(self.form.names)})_begin\|>").search(text, self.at)
+                if not begin:
+                    return
+                self.open, self.at, self.fresh = begin[1], begin.end(), True
+            end = text.find(f"<|{self.open}_end|>", self.at)
+            if end >= 0:
+                self._write(text[self.at : end].rstrip())
+                self._finish()
+                self.at = end + len(f"<|{self.open}_end|>")
+                self.open = None
+                continue
+            if last:
+                self._write(text[self.at :].rstrip())
+                self._finish()
+                return
+            marker = f"<|{self.open}_end|>"
+            half = next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)  # perhaps its beginning
+            stop = len(text[: len(text) - half].rstrip("\ufffd").rstrip())  # nor half a character, nor a space before the end
+            if stop > self.at:
+                self._write(text[self.at : stop])
+                self.at = stop
+            return
+
+    def close(self, text: str) -> None:
+        """The answer is whole; one without a reply span is shown as it is, so that nothing is hidden."""
+        self.feed(text, last=True)
+        if not self.replied:
+            click.echo(click.style(f"(no {self.form.reply} span; shown as it is)", dim=True), err=True)
+            click.echo(self.form.marker.sub(" ", CONTROL.sub(" ", text)).strip())
+
+    def _write(self, piece: str) -> None:
+        piece = piece.lstrip() if self.fresh else piece
+        if not piece:
+            return
+        reply = self.open == self.form.reply
+        if reply:
+            self.replied = True
+            click.echo(piece, nl=False)
+        elif self.inner:
+            click.echo(click.style((f"[{self.open}] " if self.fresh else "") + piece, dim=True), nl=False, err=True)
+        (sys.stdout if reply else sys.stderr).flush()
+        self.fresh = False
+
+    def _finish(self) -> None:
+        if not self.fresh:
+            if self.open == self.form.reply:
+                click.echo()
+            elif self.inner:
+                click.echo(err=True)
+
+
+def ask_person() -> str | None:
+    """One line from the person, with editing and history where the terminal has them; None at the end of input."""
+    try:
+        import readline  # noqa: F401 - input() uses it once it is there
+    except ImportError:
+        pass
+    try:
+        click.echo(click.style("you> ", bold=True), nl=False, err=True)
+        return input()
+    except (EOFError, KeyboardInterrupt):
+        click.echo(err=True)
+        return None
+
+
+def save_row(path: Path, row: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(row + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
