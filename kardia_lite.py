@@ -37,12 +37,15 @@ reward each with r_i, and for every token t of answer i push with
     loss = - sum_i sum_t min(ratio_it * advantage_i, clip(ratio_it, 1 - eps, 1 + eps) * advantage_i) / (number of tokens)
     advantage_i = (r_i - mean(r)) / (std(r) + 1e-4)        ratio_it = p_now(token) / p_when_sampled(token)
 
-There is no value network and no learned reward: an answer is good if it beats its own siblings.
+There is no value network and no learned reward: an answer is good if it beats its own siblings. Its reward adds up the
+format (do all spans stand there?), the label (is the emotion exactly the right one?) and the rubric (a judge's criteria,
+each from 0 to 1). `explain --toy` works this out on paper, `explain RUN` with a run's own numbers; what every logged metric
+means stands in kardia/live.py and in the README.
 
 Read this file from top to bottom; it is in the order in which a run happens: spans, data, options, policy, SFT, rewards,
 GRPO, evaluation, export and chat, commands. The folder kardia/ holds what a first reader may skip: rows that share a
-prompt, the wall to llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, statistics,
-the report.
+prompt, the wall to llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, the live view,
+alarms, statistics, the report.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ from typing import Any
 
 import click
 
-from kardia import alarms, clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, live, memory, packing, record, report, talk
+from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, live, memory, packing, record, report, talk
 from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torch_answers, torch_logits
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, quiet, resolve_base
 from kardia.guards import guard
@@ -365,13 +368,6 @@ def choose_engine(engine: str) -> str:
     return engine
 
 
-def check_tracker(name: str) -> None:
-    from importlib.util import find_spec
-
-    if name != "none" and not any(find_spec(module) for module in ((name, "tensorboardX") if name == "tensorboard" else (name,))):
-        raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")
-
-
 def start(options: CommonOptions, *local: str) -> None:
     """Process-wide switches, before any heavy import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -530,7 +526,7 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     rows = load_rows([options.data], rubric, "dialogue")
     rows = rows[: options.limit] if options.limit else rows
     base = resolve_base(options.model, options.gguf_template)
-    check_tracker(options.track)
+    live.check_tracker(options.track)
     engine = choose_engine(options.engine)
     bits = options.bits or (4 if memory.has_gpu() else 16)
     run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), form=rubric.form.facts(), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
@@ -599,7 +595,7 @@ def make_sft_trainer_class():
 def plan_memory(base: Base, bits: int, rank: int, tokens: int, group: int = 0, completion: int = 0, judge_bytes: int = 0) -> dict[str, float]:
     """GB per term, told before anything is loaded; the report puts what was measured beside it. `tokens`: of the longest pass."""
     cuda = memory.has_gpu()
-    terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda)
+    terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
     terms = {name: round(gb, 3) for name, gb in terms.items() if group or name.split()[0] not in ("rollouts", "judge")}
     say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
     return terms
@@ -628,9 +624,8 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
 
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *_, **__: None  # a run directory holds what we put there
-    told: set[str] = set()  # alarms that were raised already
     board = board or live.Board(run.facts["command"].upper())
-    callback = live.recorder(run, board, patience, step_done, watch=lambda: raise_alarms(run, told))
+    callback = live.recorder(run, board, patience, step_done)
     trainer.add_callback(callback)
     if checkpoint:
         step = int(checkpoint.name.split("-")[1])
@@ -645,10 +640,10 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
         board.end()
         signal.signal(signal.SIGINT, before)
     measured = dict(seconds=round(run.facts.get("seconds", 0.0) + time.time() - began, 1), peak_memory_gb=round(max(peak.peak, run.facts.get("peak_memory_gb", 0.0)), 2), peak_memory_of=peak.of)
-    raise_alarms(run, told)
+    callback.warn()
     if callback.stuck:
         run.update(status="stopped", **measured)
-        raise UserError(f"stopped at step {trainer.state.global_step}: in {patience} steps no group had two different rewards. {diagnosis(run, patience)} (--patience 0 goes on regardless)")
+        raise UserError(f"stopped at step {trainer.state.global_step}: {live.diagnosis(run, patience)} (--patience 0 goes on regardless)")
     if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
         run.update(status="interrupted", **measured)
         raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
@@ -660,19 +655,6 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
     for leftover in run.path.glob("checkpoint-*"):
         shutil.rmtree(leftover)
     run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **measured)
-
-
-def raise_alarms(run: Run, told: set[str]) -> None:
-    """Warn once of each kind of reward hacking the records show so far (kardia/alarms.py)."""
-    for alarm in alarms.check(record.read_run(run.path)):
-        if alarm.kind not in told:
-            told.add(alarm.kind)
-            say(f"  ! {alarm.text}")
-
-
-def diagnosis(run: Run, steps: int) -> str:
-    groups = record.groups_of(record.read_run(run.path)["completions"])
-    return alarms.diagnose([group for group in groups if group[0] > groups[-1][0] - steps])
 
 
 # ------------------------------------------------------------------------------------------------ 6 rewards
@@ -1017,7 +999,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     rubric = load_rubric(options.rubric)
     same_form(parent, rubric)
     dialogues = load_rows([options.data], rubric, "prompt")
-    check_tracker(options.track)
+    live.check_tracker(options.track)
     base = base_of(parent)
     engine = choose_engine(options.engine)
     rollout = choose_rollout(options.rollout, base)
@@ -1401,39 +1383,11 @@ def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int
     return dataclasses.replace(dialogue, messages=(*dialogue.messages, ("assistant", talk.CONTROL.sub(" ", answer))))
 
 
-def converse(answerer: Answerer, dialogue: Dialogue, max_tokens: int, temperature: float, seed: int) -> None:
-    """An open-ended talk on the terminal (kardia/talk.py has its commands)."""
-    say(f"{talk.CRISIS}\nType /help for commands.")
-    inner, turns = True, 0
-    while (said := (talk.ask_person() or "").strip()) not in ("", "/quit"):
-        command, _, rest = said.partition(" ")
-        if command == "/new":
-            dialogue = dataclasses.replace(dialogue, messages=())
-        elif command == "/back":
-            dialogue = dataclasses.replace(dialogue, messages=dialogue.messages[:-2])
-        elif command == "/inner":
-            inner = not inner
-        elif command in ("/profile", "/situation") and rest:
-            dialogue = dataclasses.replace(dialogue, **{"person" if command == "/profile" else "situation": talk.CONTROL.sub(" ", rest)})
-        elif command == "/save" and rest and dialogue.messages:
-            label = find_span(dialogue.messages[-1][1], answerer.renderer.form.label) or "?"
-            talk.save_row(Path(rest), json.dumps(row_of(dialogue, label, answerer.renderer.form), ensure_ascii=False))
-            say(f"added to {rest}")
-        elif said.startswith("/"):
-            say(talk.HELP)
-        else:
-            try:
-                dialogue = chat_turn(answerer, dialogue, said, max_tokens, temperature, seed + turns, inner)
-                turns += 1
-            except KeyboardInterrupt:
-                answerer.worker.close()  # it is still drawing; the next question starts it again
-                say("\n(stopped; the turn is forgotten)")
-
-
-def row_of(dialogue: Dialogue, label: str, form: Form) -> dict[str, Any]:
-    """A Dialogue as the row it would be read from."""
-    return {"person": dialogue.person, "mbti": dialogue.mbti, form.label: label, "situation": dialogue.situation, "anon_username": dialogue.anon_username,
-            "messages": [{"role": role, "content": content} for role, content in dialogue.messages]}  # fmt: skip
+def row_of(dialogue: Dialogue, form: Form) -> str:
+    """A talk as a line of JSONL, to be read as a Dialogue again; its label is what the last answer names."""
+    label = find_span(dialogue.messages[-1][1], form.label) or "?"
+    return json.dumps({"person": dialogue.person, "mbti": dialogue.mbti, form.label: label, "situation": dialogue.situation, "anon_username": dialogue.anon_username,
+                       "messages": [{"role": role, "content": content} for role, content in dialogue.messages]}, ensure_ascii=False)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ 10 commands
@@ -1472,7 +1426,7 @@ def cli() -> None:
 @click.option("--group-size", type=click.IntRange(2), default=8, show_default=True, help="Answers per prompt.")
 @click.option("--bits", type=click.Choice(["4", "16"]), default=None, help="Plan for 4 or 16 bits (default: what this machine would use).")
 def doctor(model: str, group_size: int, bits: str | None) -> None:
-    """What this machine can train, what is missing, and the memory plan.
+    """What this machine can train, what is missing, memory plan.
 
     \b
     kardia_lite.py doctor
@@ -1506,7 +1460,7 @@ def doctor(model: str, group_size: int, bits: str | None) -> None:
         config = memory.read_config(resolve_base(model).directory if not path.exists() or path.suffix == ".gguf" else path)
         used = int(bits) if bits else 4 if cuda else 16
         prompt, completion = 300, 256
-        terms = memory.plan(config, bits=used, rank=16, tokens=prompt + group_size * completion, group=group_size, completion=completion, judge_bytes=270_000_000, checkpointing=cuda, cuda=cuda)
+        terms = memory.plan(config, bits=used, rank=16, tokens=prompt + group_size * completion, group=group_size, completion=completion, judge_bytes=270_000_000, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
     except ValueError as error:
         raise UserError(str(error)) from error
     click.echo(f"memory plan {model}, {used} bits, GRPO with {group_size} answers of up to {completion} tokens after a prompt of {prompt}:")
@@ -1573,21 +1527,8 @@ def show_row(row: Dialogue, renderer: Renderer, max_length: int) -> None:
     for ids, labels in examples:
         for is_trained, run in itertools.groupby(zip(ids, labels or [-100] * len(ids)), key=lambda pair: pair[1] != -100):
             text = renderer.tokenizer.decode([token for token, _ in run])
-            click.echo(f"[[{coloured(text, renderer.form)}]]" if is_trained else click.style(text, dim=True), nl=False)
+            click.echo(f"[[{talk.coloured(text, renderer.form)}]]" if is_trained else click.style(text, dim=True), nl=False)
     click.echo()
-
-
-def coloured(text: str, form: Form) -> str:
-    """An answer with each span in a colour of its own and its markers dim; control characters made harmless."""
-    colours = dict(zip(form.names, itertools.cycle(("cyan", "magenta", "yellow", "green", "blue"))))
-    pieces, inside = [], None
-    for piece in re.split(rf"({form.marker.pattern.replace('(', '(?:')})", talk.CONTROL.sub(" ", text)):
-        if mark := form.marker.fullmatch(piece):
-            inside = mark[1] if mark[2] == "begin" else None
-            pieces.append(click.style(piece, dim=True))
-        else:
-            pieces.append(click.style(piece, fg=colours[inside]) if inside else piece)
-    return "".join(pieces)
 
 
 @data.command("import")
@@ -1625,11 +1566,13 @@ def data_import(source: str, format_: str, out: Path | None, split: str, rubric:
 
 
 @cli.command()
-@options(SFTOptions)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Run directory to make.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+@options(SFTOptions)
 def sft(options: SFTOptions, out: Path, resume: bool) -> None:
-    """Teach the four-span answer: LoRA on all linear layers, loss only on the assistant's tokens.
+    """Teach the four-span answer, from dialogues.
+
+    A LoRA on all linear layers; the loss counts only on the assistant's tokens.
 
     \b
     kardia_lite.py sft --out runs/sft
@@ -1641,12 +1584,14 @@ def sft(options: SFTOptions, out: Path, resume: bool) -> None:
 
 
 @cli.command()
-@options(GRPOOptions)
-@click.option("--from", "source", required=True, type=click.Path(path_type=Path), help="SFT (or GRPO) run to go on from.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@click.option("--from", "source", required=True, type=click.Path(path_type=Path), metavar="RUN", help="SFT (or GRPO) run to go on from.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Run directory to make.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+@options(GRPOOptions)
 def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
-    """Reinforce the better of its own answers: format, emotion and the judge's rubric.
+    """Reinforce the better of its own answers.
+
+    The reward adds up format (all spans there?), label (the emotion right?) and the judge's rubric, with the weights in rubrics.yaml.
 
     The judge sits its exam first; criteria it fails are refused (or dropped with --unfit drop).
 
@@ -1771,7 +1716,9 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
 @options(EvaluateOptions)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="JSON file (default: evaluation.json in the last run).")
 def evaluate_command(models: tuple[str, ...], options: EvaluateOptions, out: Path | None) -> None:
-    """Ask every model the same held-out prompts: `base` (the embedded model), runs, directories or .gguf files.
+    """Ask models the same held-out prompts, and compare.
+
+    MODELS are `base` (the embedded model), runs, directories or .gguf files.
 
     Every mean has a 95% bootstrap interval over prompts, every difference is paired. Scores are 0 to 1 (and 1 to 5, as in the paper).
 
@@ -1790,7 +1737,9 @@ def evaluate_command(models: tuple[str, ...], options: EvaluateOptions, out: Pat
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory for the export; what an earlier call finished there stays.")
 @options(ExportOptions)
 def export_command(run: Path, to: Path, options: ExportOptions) -> None:
-    """Write the trained model in the formats asked for, each compared with the trained model through its real loader.
+    """Write the trained model for other programs, each file proved.
+
+    Every format is loaded by its real loader and compared with the trained model.
 
     \b
     merged      a directory for transformers (4.57 and 5.x), peft, vLLM and the like
@@ -1828,9 +1777,9 @@ def export_command(run: Path, to: Path, options: ExportOptions) -> None:
 @click.option("--step", type=click.IntRange(1), default=None, help="Which step (default: of the inspected groups the one with the widest rewards).")
 @click.option("--toy", is_flag=True, help="No run needed: GRPO with three words and four answers, to be redone on paper.")
 def explain(run: Path | None, step: int | None, toy: bool) -> None:
-    """One GRPO group, number by number: rewards, mean, deviation, advantages; which tokens moved, the KL, the clip.
+    """One GRPO group, number by number, down to its tokens.
 
-    Tokens are there of every step that was inspected (grpo --inspect-every).
+    Rewards, mean, deviation, advantages; which tokens moved and how far, the KL of the step, the clip. Tokens are there of every step that was inspected (grpo --inspect-every).
 
     \b
     kardia_lite.py explain --toy
@@ -1846,9 +1795,9 @@ def explain(run: Path | None, step: int | None, toy: bool) -> None:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="HTML file (default: report.html in the last run).")
 def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
-    """One self-contained HTML file about one or several runs; works offline.
+    """One self-contained HTML file about one or several runs.
 
-    Curves with confidence bands, the judge's exam, every alarm, the groups reply by reply, answers before and after, exports,
+    It needs no network. Curves with confidence bands, the judge's exam, every alarm, the groups reply by reply, answers before and after, exports,
     options and hashes. Several runs: their curves lie over each other, and a table says in what they differ.
 
     \b
@@ -1875,25 +1824,29 @@ def chat(model: str, said: str | None, profile: str, situation: str, max_tokens:
     \b
     kardia_lite.py chat runs/grpo
     kardia_lite.py chat runs/grpo --say "My sister moved abroad today."
-    kardia_lite.py chat out/model.gguf --say "I passed!" --profile "Ana, 9, plays chess"
+    kardia_lite.py chat model.gguf --say "I passed!" --profile "Ana, 9, plays chess"
     """
     start(CommonOptions(), model)
     dialogue = Dialogue(profile, "", "", situation, "", ())
     with Worker() as worker:
         answerer = Answerer(model, worker, load_rubric(rubric).form)
-        if said is None:
-            converse(answerer, dialogue, max_tokens, temperature, seed)
-        else:
-            chat_turn(answerer, dialogue, said, max_tokens, temperature, seed)
+
+        def turn(dialogue: Dialogue, said: str, number: int = 0, inner: bool = True) -> Dialogue:
+            return chat_turn(answerer, dialogue, said, max_tokens, temperature, seed + number, inner)
+
+        if said is not None:
+            turn(dialogue, said)
+        else:  # Ctrl-C ends the worker: it is still drawing, and the next question starts it again
+            talk.converse(dialogue, turn, stop=worker.close, row=lambda d: row_of(d, answerer.renderer.form))
 
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Directory to make.")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 def demo(out: Path, seed: int) -> None:
-    """The whole story on the embedded model: check, SFT, exam, GRPO, evaluate, export, report, one chat turn.
+    """The whole story on the embedded model, in about ten minutes.
 
-    About ten minutes on two CPU cores; every step prints the command that does just that step.
+    Check, SFT, judge exam, GRPO, evaluate, export, report, one chat turn, sized for two CPU cores; every step prints the command that does just that step.
 
     \b
     kardia_lite.py demo

@@ -19,7 +19,7 @@ from statistics import NormalDist, stdev
 from typing import NamedTuple
 
 from kardia.guards import WORD
-from kardia.record import fixed, groups_of, mean_of, number, quarters, rewards_of, series, spread_of
+from kardia.record import fixed, form_of, groups_of, is_grpo, mean_of, number, quarters, rewards_of, series, spread_of
 
 ENOUGH = 8  # groups for an interval, as steps for quarters of two; under that Student's quantile is anybody's guess
 ROWS = 100  # replies for a correlation inside groups: of fewer it is off by more than 0.1, one time in three
@@ -27,18 +27,18 @@ TEXT_QUARTER = 3  # groups in a quarter before texts are compared: two prompts o
 DRAWS, UNITS = 200, 100  # of the bootstrap: a standard error to 5%; more groups than that are drawn in blocks of consecutive ones
 SURE = 0.99  # of an interval, over all criteria together: a report asks a dozen questions, and a clean run should raise no alarm
 LENGTH_PAYS = 0.3  # correlation. In the pairs that people wrote (data/judge_exam.jsonl, judge_train.jsonl) better and longer go together by -0.24 to 0.15
-GREW = 1.5  # mean tokens, last quarter over first
+GREW = 1.5  # mean tokens, last quarter over first: half as long again is worth a look, and proves nothing
 CUT = 0.2  # share of replies cut at the limit: each of them is invalid, whatever it says
 NO_SIGNAL = 0.7  # share of groups with equal rewards: over two thirds of the time is spent for nothing
 UNKNOWN = 0.05  # share of replies without a reward
 GRAM = 5  # words of a phrase: fewer are grammar ("I can hear that"), more lose its variants
 PHRASE_RISE, PHRASE_PROMPTS = 0.3, 4  # of the share of groups where most answers hold the phrase; different prompts among these
-ALIKE = 0.5  # distance between answers to one prompt, last quarter over first: what sharpens honestly loses a fifth
-ENTROPY = 0.3  # last quarter over first
+ALIKE = 0.5  # distance between answers to one prompt, last quarter over first: half of the differences that GRPO learns from are gone
+ENTROPY = 0.3  # last quarter over first: with less than a third left, few tokens are still a choice
 RELEVANT = 0.05  # change of a score over the run that is worth a sentence: a fifth of a point on the scale of 1 to 5
-GRADED, GRADED_EVER, ONE_WORD, GRADED_PROMPTS = 0.1, 0.2, 0.3, 3  # share of answers: two words in the last quarter; all along; a single word; different prompts
+GRADED, GRADED_EVER, ONE_WORD, GRADED_PROMPTS = 0.1, 0.2, 0.3, 3  # share of answers: two words in the last quarter; all along; a single word; and different prompts. No two such words stand in one of 820 replies that people wrote
 HELD_SHARE = 0.5  # of the change that a held-out score should follow by: a reading near its ceiling follows less, and honestly
-HELD_LINK = 0.25  # correlation that two readings of one thing exceed
+HELD_LINK = 0.25  # correlation that two readings of one thing should exceed: 6% of variance in common is next to none
 GRADING = (r"rubrics?|criteri(?:on|a)|scor(?:e[ds]?|ing)|ratings?|grad(?:e[ds]?|ing|ers?)|judg(?:es?|ed|ing)|evaluat\w+|relevan(?:t|ce|cy)|fluen(?:t|cy|tly)|empath(?:y|ic|etic|etically)"
            r"|persona|5/5|10/10|out of (?:five|ten)|(?:five|5) stars|(?:full|top) marks")  # fmt: skip
 
@@ -89,8 +89,8 @@ def _names(names: Iterable) -> str:
     return ", ".join(_plain(name).replace("_", " ") for name in names)
 
 
-def _groups(rows: list[dict], run: dict) -> list[_Group]:
-    name = re.escape(_of(str, _of(dict, run.get("form")).get("reply")) or "response")
+def _groups(rows: list[dict], reply: str) -> list[_Group]:
+    name = re.escape(reply)
     span = re.compile(rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", re.DOTALL)
     found, out = groups_of(rows), []
     for step, _, samples in found:
@@ -215,8 +215,9 @@ def _length(groups: list[_Group]) -> Iterable[Alarm]:
     if found and found.low > LENGTH_PAYS:
         first, last = map(mean_of, _ends(words, 2))
         grew = "grew" if last > 1.1 * first else "shrank" if last < 0.9 * first else "hardly changed in length"
-        yield Alarm("length", f"Inside a group the longer reply gets the better rubric score: correlation {fixed(found.value)} (95% interval {fixed(found.low)} to {fixed(found.high)}; {sum(n for _, n in rows)} replies in {len(rows)} groups); "
-                              f"replies {grew}, from {first:.0f} words in the first quarter to {last:.0f} in the last. See whether the longer ones are better to read; if not, take another --judge.")  # fmt: skip
+        yield Alarm("length", f"Inside a group the longer reply gets the better rubric score: correlation {fixed(found.value)} (95% interval {fixed(found.low)} to {fixed(found.high)}; "
+                              f"{sum(n for _, n in rows)} replies in {len(rows)} groups); replies {grew}, from {first:.0f} words in the first quarter to {last:.0f} in the last. "
+                              "See whether the longer ones are better to read; if not, take another --judge.")  # fmt: skip
 
 
 def _grams(words: list[str], n: int) -> set[tuple[str, ...]]:
@@ -330,9 +331,9 @@ def _wording(groups: list[_Group], run: dict, exam: dict) -> Iterable[Alarm]:
 def check(data: dict) -> list[Alarm]:
     """The alarms of a run as `record.read_run` returns it, those of its own books first; [] for a clean run and for SFT, whose entropy falls as it should."""
     run, rows, log = _of(dict, data.get("run")), *([row for row in _of(list, data.get(key)) if isinstance(row, dict)] for key in ("completions", "log"))
-    if not (rows or run.get("command") == "grpo" or any("reward" in row for row in log)):
+    if not is_grpo({"run": run, "completions": rows, "log": log}):
         return []
-    groups = _groups(rows, run)
+    groups = _groups(rows, form_of({"run": run})["reply"])
     return [*_books(data, run, rows, log), *_length(groups), *_phrases(groups), *_diversity(groups), *_graded(groups), *_trade_off(groups, run),
             *_wording(groups, run, _of(dict, data.get("exam")))]  # fmt: skip
 

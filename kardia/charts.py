@@ -11,7 +11,7 @@ import html
 import math
 from dataclasses import dataclass
 
-from kardia.record import fixed, groups_of, mean_of, number, series, split_spans
+from kardia.record import fixed, groups_of, is_grpo, mean_of, number, series, split_spans
 
 LOOKS = 6  # colours, and patterns of dashes; a seventh run looks like the first
 
@@ -234,10 +234,6 @@ def swatch(look: str) -> str:
 
 
 # ---------------------------------------------------------------------------------- the curves of runs
-
-
-def is_grpo(data: dict) -> bool:
-    return (data["run"] or {}).get("command") == "grpo" or bool(data["completions"]) or any("reward" in row for row in data["log"])
 
 
 def logged_names(log: list[dict], prefix: str, suffix: str = "") -> list[str]:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kardia import memory, runs
-from kardia.runs import Run, say
+from kardia import alarms, memory, record, runs
+from kardia.runs import Run, UserError, say
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def clock(seconds: float) -> str:
 
 
 class Board:
-    """The live view of one run. `step(record)` once per step, `phase` while one is going on, `sample` now and then."""
+    """The live view of one run. `step(row)` once per step, `phase` while one is going on, `sample` now and then."""
 
     def __init__(self, title: str, console=None) -> None:
         from rich.console import Console
@@ -116,7 +116,7 @@ class Board:
 
         self.total, self.done, self.first, self.began = total, first, first, time.time()
         if not self.plain:
-            self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=4, transient=False)
+            self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=False)
             self.live.start()
             runs.SCREEN.append(self.console)  # what is said meanwhile goes above the board
 
@@ -135,14 +135,14 @@ class Board:
     def phase(self, what: str, done: int = 0, of: int = 0) -> None:
         self.doing = f"{what} {done}/{of}" if of else what
 
-    def step(self, record: dict[str, Any]) -> None:
-        self.done, self.doing = record["step"], ""
-        values = {key: shown_value(key, float(v)) for key, v in record.items() if isinstance(v, (int, float)) and key != "step" and math.isfinite(v)}
+    def step(self, row: dict[str, Any]) -> None:
+        self.done, self.doing = row["step"], ""
+        values = {key: shown_value(key, float(v)) for key, v in row.items() if isinstance(v, (int, float)) and key != "step" and math.isfinite(v)}
         for key, value in values.items():
             self.courses.setdefault(key, []).append(value)
         if self.plain:
             parts = [f"{m.short} {m.shape.format(values[key])}" for key in self._ordered() if key in values and (m := metric_of(key)).short]
-            say(f"  step {self.done:>3}/{self.total}  {'  '.join(parts)}  {record['seconds']:.1f} s  {clock(self.left)} left")
+            say(f"  step {self.done:>3}/{self.total}  {'  '.join(parts)}  {row['seconds']:.1f} s  {clock(self.left)} left")
 
     def sample(self, text: str, reward: float | None, every: float = 60.0) -> None:
         """One answer of the step, on a single line; in a plain log at most one a minute."""
@@ -181,16 +181,16 @@ class Board:
         return sorted(place, key=place.__getitem__)
 
 
-def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}, watch: Callable[[], None] = lambda: None):
+def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}):
     """A TrainerCallback: one line per step to log.jsonl and to the board. Ctrl-C saves a checkpoint, then stops; so does GRPO
     after `patience` steps in which no group had two different rewards (`stuck`). `step_done(step)` is called once the weights
-    have moved and may add to the step's record, `watch()` whenever a checkpoint was saved."""
+    have moved and may add to the step's record. Alarms (kardia/alarms.py) are raised, each once, whenever a checkpoint was saved."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
         def __init__(self) -> None:
             self.stopping, self.idle, self.stuck, self.more = False, 0, False, {}
-            self.last, self.tokens = time.time(), None
+            self.last, self.tokens, self.told = time.time(), None, set()
 
         def on_train_begin(self, args, state, control, **_):
             self.last, self.tokens = time.time(), 0 if state.global_step == 0 else None
@@ -222,21 +222,41 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
             if "train_runtime" in (logs or {}) or not logs:
                 return
             now = time.time()
-            record = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, **self.more, "memory_gb": round(memory.used_gb(), 3), "seconds": round(now - self.last, 3)}
-            if "time/rollout" in record:
-                record["time/update"] = round(record["seconds"] - sum(record.get(f"time/{part}", 0.0) for part in ("rollout", "judge", "inspect")), 3)
-            elif "num_tokens" in record:
+            row = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, **self.more, "memory_gb": round(memory.used_gb(age=10), 3), "seconds": round(now - self.last, 3)}
+            if "time/rollout" in row:
+                row["time/update"] = round(row["seconds"] - sum(row.get(f"time/{part}", 0.0) for part in ("rollout", "judge", "inspect")), 3)
+            elif "num_tokens" in row:
                 if self.tokens is not None:  # the first step after a resume does not know where it began
-                    record["tokens_per_second"] = round((record["num_tokens"] - self.tokens) / max(1e-9, record["seconds"]), 1)
-                self.tokens = record["num_tokens"]
+                    row["tokens_per_second"] = round((row["num_tokens"] - self.tokens) / max(1e-9, row["seconds"]), 1)
+                self.tokens = row["num_tokens"]
             self.last = now
-            run.append("log.jsonl", [record])
-            board.step(record)
-            self.idle = self.idle + 1 if record.get("frac_reward_zero_std") == 1 else 0
+            run.append("log.jsonl", [row])
+            board.step(row)
+            self.idle = self.idle + 1 if row.get("frac_reward_zero_std") == 1 else 0
             if patience and self.idle >= patience:
                 self.stuck = control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **_):
-            watch()
+            self.warn()
+
+        def warn(self) -> None:
+            for alarm in alarms.check(record.read_run(run.path)):
+                if alarm.kind not in self.told:
+                    self.told.add(alarm.kind)
+                    say(f"  ! {alarm.text}")
 
     return Recorder()
+
+
+def diagnosis(run: Run, steps: int) -> str:
+    """Why the last `steps` steps taught nothing."""
+    groups = record.groups_of(record.read_run(run.path)["completions"])
+    return f"in {steps} steps no group had two different rewards. {alarms.diagnose([group for group in groups if group[0] > groups[-1][0] - steps])}"
+
+
+def check_tracker(name: str) -> None:
+    """A tracker of TRL's that is not installed is told before anything is loaded."""
+    from importlib.util import find_spec
+
+    if name != "none" and not any(find_spec(module) for module in ((name, "tensorboardX") if name == "tensorboard" else (name,))):
+        raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 GB = 1e9
@@ -112,7 +113,10 @@ def on_gpu(n_bytes: float) -> bool:
 
 
 class PeakSampler:
-    """The largest `used_gb`, sampled twice a second."""
+    """The largest `used_gb` of samples taken every few seconds: reading how much of 4 GB is shared takes the kernel 0.07 s, in
+    which llama.cpp's threads wait for each other; and what torch freed is kept (`keep_freed_pages`), so a peak stays to be seen."""
+
+    every = 3.0  # seconds
 
     @property
     def of(self) -> str:
@@ -131,9 +135,10 @@ class PeakSampler:
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
+        self.peak = max(self.peak, used_gb())
 
     def _run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(self.every):
             self.peak = max(self.peak, used_gb())
 
 
@@ -150,14 +155,23 @@ def processes_gb() -> float:
     return total / GB
 
 
-def used_gb() -> float:
-    """What a run takes of the memory that is short: on a GPU what is in use there, by whomever; else `processes_gb`."""
-    if not has_gpu():
-        return processes_gb()
-    import torch
+def used_gb(age: float = 0.0) -> float:
+    """What a run takes of the memory that is short: on a GPU what is in use there, by whomever; else `processes_gb`. A value
+    read less than `age` seconds ago will do."""
+    now = time.monotonic()
+    if now - _used["at"] >= age or not _used["gb"]:
+        if has_gpu():
+            import torch
 
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / GB
+            free, total = torch.cuda.mem_get_info()
+            gb = (total - free) / GB
+        else:
+            gb = processes_gb()
+        _used.update(at=now, gb=gb)
+    return _used["gb"]
+
+
+_used = {"at": 0.0, "gb": 0.0}
 
 
 def shape(config: dict) -> dict[str, int]:
@@ -176,16 +190,17 @@ def shape(config: dict) -> dict[str, int]:
     return {"hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads, "head": head, "inner": inner, "vocabulary": vocabulary, "linear": linear * layers, "embedding": embedding, "lora": lora_inputs * layers}
 
 
-def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, completion: int, judge_bytes: int, checkpointing: bool, cuda: bool) -> dict[str, float]:
-    """GB per term of one GRPO step: a row of `tokens` (prompt + group x completion, shared prefix), LoRA of `rank`.
+def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, completion: int, judge_bytes: int, checkpointing: bool, cuda: bool, item: int = 2) -> dict[str, float]:
+    """GB per term of one GRPO step: a row of `tokens` (prompt + group x completion, shared prefix), LoRA of `rank`; `item`: bytes
+    of a number in what is computed (4 on a CPU that does not multiply bfloat16).
 
     Terms: base weights, LoRA (fp32 weights, gradients, two Adam moments), activations kept for the backward pass,
     logits of one chunk, KV cache of the rollouts, the judge, and what the libraries take before any tensor.
     """
     s = shape(config)
-    weight_bytes = s["linear"] * (0.5 + 1 / 64 * 1.03 if bits == 4 else 2) + s["embedding"] * 2  # NF4: one 8-bit scale per 64 weights
-    per_token_layer = 2 * (8 * s["hidden"] + 5 * s["inner"]) + 4 * (4 * s["hidden"] + s["inner"])  # bf16 inputs of each product, fp32 copies LoRA keeps
-    kept = tokens * s["layers"] * (2 * s["hidden"] if checkpointing else per_token_layer) + (tokens * per_token_layer if checkpointing else 0)
+    weight_bytes = s["linear"] * (0.5 + 1 / 64 * 1.03 if bits == 4 else item) + s["embedding"] * item  # NF4: one 8-bit scale per 64 weights
+    per_token_layer = item * (8 * s["hidden"] + 5 * s["inner"]) + 4 * (4 * s["hidden"] + s["inner"])  # inputs of each product, fp32 copies LoRA keeps
+    kept = tokens * s["layers"] * (item * s["hidden"] if checkpointing else per_token_layer) + (tokens * per_token_layer if checkpointing else 0)
     rollout_base = 0 if bits == 16 and not cuda else 2 * (s["linear"] + s["embedding"])
     return {
         "base weights": weight_bytes / GB,

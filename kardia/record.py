@@ -78,7 +78,11 @@ def form_of(data: dict) -> dict:
     told = (data["run"] or {}).get("form")
     told = told if isinstance(told, dict) else {}
     spans = told.get("spans") if isinstance(told.get("spans"), list) else ["understanding", "reasoning", "emotion", "response"]
-    return {"spans": [str(span) for span in spans], "label": str(told.get("label", "emotion")), "reply": str(told.get("reply", "response"))}
+    return {"spans": [str(span) for span in spans], "label": str(told.get("label") or "emotion"), "reply": str(told.get("reply") or "response")}
+
+
+def is_grpo(data: dict) -> bool:
+    return (data["run"] or {}).get("command") == "grpo" or bool(data["completions"]) or any("reward" in row for row in data["log"])
 
 
 # ---------------------------------------------------------------------------------- numbers

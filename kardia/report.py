@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 from kardia import alarms
 from kardia.charts import (
-    STYLE, bars, cards_row, interval, is_grpo, listed, logged_names, looks, place, plural, run_curves, score_cell, spanned, stacked, swatch, table, text, token_fold, track,
+    STYLE, bars, cards_row, interval, listed, logged_names, looks, place, plural, run_curves, score_cell, spanned, stacked, swatch, table, text, token_fold, track,
 )  # fmt: skip
-from kardia.record import ReportError, advantages_of, fixed, groups_of, mean_of, means_of, number, quarters, read_run, rewards_of, series, spread_of, why_pushed
+from kardia.record import ReportError, advantages_of, fixed, form_of, groups_of, is_grpo, mean_of, means_of, number, quarters, read_run, rewards_of, series, spread_of, why_pushed
 
 PAGE_LIMIT = 2_900_000  # bytes; mail and chat tools start to refuse or to lag above 3 MB
-FORM = {"spans": ["understanding", "reasoning", "emotion", "response"], "label": "emotion"}  # of a run that does not say
 
 
 class Limits(NamedTuple):
@@ -28,14 +27,6 @@ class Limits(NamedTuple):
     groups: int  # of the browser; examples too
     clip: int  # characters of one text
     tokens: int  # tinted, of one reply
-
-
-def form_of(data: dict) -> dict:
-    """{spans, label}: the names of the answer's spans in order, and of the row's right label."""
-    form = (data["run"] or {}).get("form")
-    form = form if isinstance(form, dict) else {}
-    spans = form.get("spans")
-    return {"spans": [str(name) for name in spans] if isinstance(spans, list) else FORM["spans"], "label": str(form.get("label") or FORM["label"])}
 
 
 def duration(seconds) -> str:

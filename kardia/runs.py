@@ -80,7 +80,9 @@ def options(cls: type) -> Any:
             record = cls(**{f.name: kwargs.pop(f.name) for f in dataclasses.fields(cls)})
             return function(options=record, **kwargs)
 
-        for f in reversed(dataclasses.fields(cls)):
+        own = [f for f in dataclasses.fields(cls) if f.name in cls.__annotations__]
+        shared = [f for f in dataclasses.fields(cls) if f.name not in cls.__annotations__]
+        for f in reversed([*own, *shared]):  # in the manual: what is special to the command first, seed and rubric last
             meta, kind = f.metadata, {"Path": click.Path(path_type=Path), "Path | None": click.Path(path_type=Path), "int": int, "float": float, "str": str}.get(f.type)
             if f.type == "bool":
                 command = click.option(f"--{f.name.replace('_', '-')}", is_flag=True, help=meta["help"])(command)
@@ -93,7 +95,8 @@ def options(cls: type) -> Any:
             elif "min" in meta:
                 kind = (click.IntRange if f.type == "int" else click.FloatRange)(min=meta["min"], max=meta.get("max"))
             default = os.path.relpath(f.default, Path.cwd()) if isinstance(f.default, Path) and f.default.is_relative_to(Path.cwd()) else f.default
-            command = click.option(f"--{f.name.replace('_', '-')}", type=kind, default=str(default) if "choices" in meta else default, help=meta["help"], show_default=True)(command)
+            metavar = None if "choices" in meta else {"int": "N", "float": "X", "str": "TEXT"}.get(f.type, "FILE")
+            command = click.option(f"--{f.name.replace('_', '-')}", type=kind, default=str(default) if "choices" in meta else default, help=meta["help"], show_default=True, metavar=metavar)(command)
         return command
 
     return decorate

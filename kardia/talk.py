@@ -6,14 +6,18 @@ person's text cannot carry span markers.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from kardia.rubric import Form
-from kardia.runs import UserError
+from kardia.runs import UserError, say
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # escapes and what turns the direction of text
 CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
@@ -87,6 +91,48 @@ class Printer:
                 click.echo()
             elif self.inner:
                 click.echo(err=True)
+
+
+def converse(dialogue, turn: Callable, stop: Callable[[], None], row: Callable[[Any], str]) -> None:
+    """An open-ended talk. turn(dialogue, what was said, number, inner spans shown?) -> the longer dialogue; `stop()` ends an answer
+    that Ctrl-C broke off; row(dialogue) -> its line for /save. `dialogue` is a record with person, situation and messages."""
+    say(f"{CRISIS}\nType /help for commands.")
+    inner, turns = True, 0
+    while (said := (ask_person() or "").strip()) not in ("", "/quit"):
+        command, _, rest = said.partition(" ")
+        if command == "/new":
+            dialogue = dataclasses.replace(dialogue, messages=())
+        elif command == "/back":
+            dialogue = dataclasses.replace(dialogue, messages=dialogue.messages[:-2])
+        elif command == "/inner":
+            inner = not inner
+        elif command in ("/profile", "/situation") and rest:
+            dialogue = dataclasses.replace(dialogue, **{"person" if command == "/profile" else "situation": CONTROL.sub(" ", rest)})
+        elif command == "/save" and rest and dialogue.messages:
+            save_row(Path(rest), row(dialogue))
+            say(f"added to {rest}")
+        elif said.startswith("/"):
+            say(HELP)
+        else:
+            try:
+                dialogue, turns = turn(dialogue, said, turns, inner), turns + 1
+            except KeyboardInterrupt:
+                stop()
+                say("\n(stopped; the turn is forgotten)")
+
+
+def coloured(text: str, form: Form) -> str:
+    """An answer with each span in a colour of its own and its markers dim; control characters made harmless."""
+    colours = dict(zip(form.names, itertools.cycle(("cyan", "magenta", "yellow", "green", "blue"))))
+    pieces, at, inside = [], 0, None
+    text = CONTROL.sub(" ", text)
+    for mark in [*form.marker.finditer(text), None]:
+        between = text[at : mark.start() if mark else len(text)]
+        pieces.append(click.style(between, fg=colours[inside]) if inside else between)
+        if mark:
+            pieces.append(click.style(mark[0], dim=True))
+            at, inside = mark.end(), mark[1] if mark[2] == "begin" else None
+    return "".join(pieces)
 
 
 def ask_person() -> str | None:

@@ -58,6 +58,24 @@ def rubric():
     return k.load_rubric(ROOT / "rubrics.yaml")
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Two exam pairs per criterion: enough to run the exam, too few to pass it. One file for all tests, so that the exam is sat once."""
+    import json
+
+    import kardia_lite as k
+
+    lines, seen = [], {}
+    for line in (k.DATA / "judge_exam.jsonl").read_text(encoding="utf-8").splitlines():
+        criterion = json.loads(line)["criterion"]
+        seen[criterion] = seen.get(criterion, 0) + 1
+        if seen[criterion] <= 2:
+            lines.append(line)
+    path = tmp_path_factory.mktemp("exam") / "exam.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def tiny():
     """A random model of any architecture: tiny("llama"), tiny("gemma3_text", sliding_window=8)."""

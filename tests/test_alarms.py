@@ -406,7 +406,7 @@ def test_two_readings_that_go_together_a_little_are_not_called_strangers():
     rng, data = random.Random(7), clean_run(7, 17)
     for row in data["completions"]:
         row["held_out"] = {"empathy": min(1.0, max(0.0, 0.3 + 0.4 * row["criteria"]["empathy"] + rng.gauss(0, 0.25)))}
-    groups = alarms._groups(data["completions"], data["run"])
+    groups = alarms._groups(data["completions"], "response")
     pairs = [[(a.criteria["empathy"], a.held_out["empathy"]) for a in group.answers if a.judged] for group in groups]
     link = alarms._interval([alarms._centred(known) for known in pairs], alarms._correlation, 0.95)
     assert link.low <= 0 and link.high > alarms.HELD_LINK and sum(map(len, pairs)) > alarms.ROWS

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 
 EXAM = "--exam-pairs few/exam.jsonl"
 SHORT = {
-    "sft": "--limit 2 --max-steps 1 --batch-size 2 --max-length 700",
+    "sft": "--limit 2 --max-steps 4 --batch-size 1 --max-length 700 --learning-rate 3e-3",
     "grpo": f"--steps 1 --group-size 2 --max-tokens 16 {EXAM} --force-judge",
     "evaluate": f"--data few/eval.jsonl --max-tokens 8 {EXAM}",
     "export": f"--data few/eval.jsonl --answers 1 --max-tokens 8 {EXAM}",
@@ -27,6 +27,10 @@ SHORT = {
     "judge score": "--pairs few/exam.jsonl",
     "judge train": f"--pairs few/train.jsonl {EXAM} --epochs 1",
     "chat": "--max-tokens 24",
+    "sft --model qwen.gguf --bits 4 --data mine.jsonl --out runs/mine": "--limit 2 --max-steps 1 --batch-size 1 --max-length 700",
+    # other judges than the one all tests share: the exam is sat anew, so a shorter one
+    "judge exam --judge qwen2.5-7b-instruct-q4_k_m.gguf": "--pairs few/one.jsonl",
+    "judge exam --judge-lora judge_lora.gguf": "--pairs few/one.jsonl",
 }
 LONG_ANSWERS = {"chat runs/grpo": "Hello there.\n/inner\n/quit\n"}  # what is typed into an open-ended talk
 
@@ -51,25 +55,24 @@ def command_of(line):
     return max((name for name, _ in commands() if line == name or line.startswith(f"{name} ")), key=len)
 
 
-def first(source, target, n, keep=lambda row: True):
-    rows = [line for line in source.read_text(encoding="utf-8").splitlines() if keep(json.loads(line))][:n]
-    target.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return rows
+def first(source, target, n):
+    target.write_text("".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:n]), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, embedded):
+def place(tmp_path_factory, embedded, pairs):
     """A directory in which every name of the examples means something."""
     path = tmp_path_factory.mktemp("examples")
-    (path / "data").symlink_to(k.DATA)
-    for folder in ("few", "out", "Jhcircle/KardiaBench", "empatheticdialogues"):
+    for name in ("data", "rubrics.yaml"):  # the defaults are relative to where the command line was built: the repository
+        (path / name).symlink_to(k.HERE / name)
+    for folder in ("few", "Jhcircle/KardiaBench", "empatheticdialogues"):
         (path / folder).mkdir(parents=True)
-    criteria = [c.name for c in k.load_rubric(k.HERE / "rubrics.yaml").criteria]
-    (path / "few" / "exam.jsonl").write_text("".join("\n".join(first(k.DATA / "judge_exam.jsonl", path / "few" / "one", 2, lambda row: row["criterion"] == c)) + "\n" for c in criteria), encoding="utf-8")
+    shutil.copy(pairs, path / "few" / "exam.jsonl")
+    first(pairs, path / "few" / "one.jsonl", 1)
     first(k.DATA / "judge_train.jsonl", path / "few" / "train.jsonl", 4)
     first(k.DATA / "eval.jsonl", path / "few" / "eval.jsonl", 1)
     first(k.DATA / "dialogues.jsonl", path / "mine.jsonl", 2)
-    for stand_in in ("qwen.gguf", "qwen2.5-7b-instruct-q4_k_m.gguf", "out/model.gguf"):
+    for stand_in in ("qwen.gguf", "qwen2.5-7b-instruct-q4_k_m.gguf", "model.gguf"):
         (path / stand_in).symlink_to(embedded_gguf())
     shutil.copy(embedded.directory / "config.json", path / "config.json")
     first(k.DATA / "dialogues.jsonl", path / "Jhcircle/KardiaBench/train.jsonl", 2)
@@ -88,11 +91,11 @@ def test_there_is_an_example_for_every_command():
 def test_example(place, monkeypatch, line):
     monkeypatch.chdir(place)
     few = {"exam_pairs": place / "few" / "exam.jsonl"}
-    monkeypatch.setattr(k, "DEMO_SFT", {**k.DEMO_SFT, "limit": 2, "max_steps": 1})
+    monkeypatch.setattr(k, "DEMO_SFT", {**k.DEMO_SFT, "limit": 2, "batch_size": 1, "max_steps": 4})
     monkeypatch.setattr(k, "DEMO_GRPO", {**k.DEMO_GRPO, "steps": 1, "group_size": 2, "micro_batch": 0, "max_tokens": 16, "force_judge": True, **few})
     monkeypatch.setattr(k, "DEMO_EVALUATE", {"data": place / "few" / "eval.jsonl", "max_tokens": 8, **few})
     monkeypatch.setattr(k, "DEMO_EXPORT", {"data": place / "few" / "eval.jsonl", "answers": 1, "max_tokens": 8, **few})
-    result = CliRunner().invoke(k.cli, shlex.split(f"{line} {SHORT.get(command_of(line), '')}"), input=LONG_ANSWERS.get(line))
+    result = CliRunner().invoke(k.cli, shlex.split(f"{line} {SHORT.get(line) or SHORT.get(command_of(line), '')}"), input=LONG_ANSWERS.get(line))
     assert result.exit_code == 0, (line, result.output, result.exception)
     assert result.stdout.strip(), line  # the product is on stdout
     if line == "demo":

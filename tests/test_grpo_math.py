@@ -48,7 +48,7 @@ def both_ways(model, ids, mask, keep, temperature=0.9):
     completion = mask[:, -keep:].float()
     weights = torch.randn(completion.shape, generator=torch.Generator().manual_seed(3)) * completion
     results = []
-    for path in (GRPOTrainer._full_logits_logps, ours._get_per_token_logps_and_entropies):
+    for path in (GRPOTrainer._full_logits_logps, ours._packed_logps):
         if path is not GRPOTrainer._full_logits_logps:
             assert packing.enable(model.base_model.model) is None
         model.zero_grad()
@@ -203,6 +203,49 @@ def test_whole_steps_equal_those_of_trls_trainer(tiny, renderer, tmp_path, case)
     moved = (weights[0] - start[: len(weights[0])]).norm()
     assert moved > 0
     assert (weights[0] - weights[1]).norm() / moved < 1e-3
+
+
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["packed", "TRL's own path"])
+def test_an_inspected_step_tells_log_probs_of_the_weights_before_and_after_it(tiny, renderer, tmp_path, share_prefix):
+    """Against a plain forward pass of each answer alone, with the weights as they were and as they are; micro-batches of two."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig
+
+    model = lora(tiny("llama", vocab_size=49152))
+    config = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, num_generations=4, max_completion_length=16, max_steps=1, learning_rate=0.05, temperature=0.9, shuffle_dataset=False,
+                        lr_scheduler_type="constant", optim="sgd", save_strategy="no", report_to="none", use_cpu=True, bf16=False, seed=0, disable_tqdm=True, gradient_checkpointing=False)  # fmt: skip
+    rows, drawn = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{word} and then"}]} for word in ("Rain", "A long day in the office")]), []
+    rollout = fixed_rollouts(renderer.tokenizer, [7, 3, 12, 1, 9])
+    remember = lambda prompts, trainer: drawn.append(rollout(prompts, trainer)) or drawn[-1]  # noqa: E731
+    trainer = k.make_grpo_trainer_class()(model=model, reward_funcs=lambda completion_ids, **_: [sum(ids) % 97 / 97 for ids in completion_ids], args=config, train_dataset=rows,
+                                          processing_class=renderer.tokenizer, rollout_func=remember, share_prefix=share_prefix)  # fmt: skip
+    trainer.create_model_card = lambda *_, **__: None
+    trainer.inspecting, told = True, []
+
+    def alone():
+        with torch.no_grad():
+            out = []
+            for prompt, completion in zip(drawn[0]["prompt_ids"], drawn[0]["completion_ids"]):
+                logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / 0.9
+                out.append(logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0].tolist())
+        return out
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            told.append(alone())
+
+        def on_step_end(self, *_, **__):
+            told.append(alone())
+            told.append(trainer.moved(4, 8))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    before, after, moved = told
+    assert len(moved) == 4 and [ids for ids, *_ in moved] == drawn[0]["completion_ids"][4:]
+    for (_, b, a), true_b, true_a in zip(moved, before[4:], after[4:]):
+        assert b == pytest.approx(true_b, abs=1e-4) and a == pytest.approx(true_a, abs=1e-4)
+    assert max(abs(x - y) for _, b, a in moved for x, y in zip(a, b)) > 1e-3  # the step did move them
 
 
 def test_the_samplers_log_probs_are_the_old_ones_where_the_weights_differ(tiny, renderer, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +153,9 @@ def test_the_log_has_one_line_per_step_with_memory_and_what_the_inspection_took(
     assert [row["step"] for row in rows] == [1, 2] and all(row["memory_gb"] > 0 and row["seconds"] >= 0 for row in rows)
     assert "entropy" not in rows[1] and "time/inspect" not in rows[0]  # NaN is no JSON
     assert rows[1]["time/update"] == pytest.approx(rows[1]["seconds"] - 3.5, abs=2e-3)  # what is no other part of the step
+
+
+def test_the_readme_tells_what_every_metric_means():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for key, metric in live.METRICS.items():
+        assert f"| `{key}` | {metric.meaning} |" in text, key

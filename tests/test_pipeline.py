@@ -37,20 +37,6 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pairs(work):
-    """Two exam pairs per criterion: enough to run the exam, too few to pass it."""
-    lines, seen = [], {}
-    for line in (k.DATA / "judge_exam.jsonl").read_text(encoding="utf-8").splitlines():
-        criterion = json.loads(line)["criterion"]
-        seen[criterion] = seen.get(criterion, 0) + 1
-        if seen[criterion] <= 2:
-            lines.append(line)
-    path = work / "exam.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def one(work):
     """A single dialogue for the proofs: eight places and one question."""
     path = work / "one.jsonl"
@@ -64,7 +50,7 @@ def sft(work, embedded):
     return work / "sft"
 
 
-def run_grpo(sft, pairs, out):
+def run_grpo(sft, pairs, out, *more):
     """Two real steps. Four SFT steps teach no four-span answer, so the true rewards are all 0; the format component is
     replaced by something the rollouts differ in, and everything else (judge, advantages, update) is real."""
     score = k.score_answers
@@ -77,7 +63,7 @@ def run_grpo(sft, pairs, out):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(k, "score_answers", with_signal)
-        run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", out)
+        run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", out, *more)
     return out
 
 
@@ -144,7 +130,52 @@ def test_grpo_writes_every_rollout_with_scores_and_advantage(grpo):
 
 def test_grpo_moves_the_sft_adapter_and_repeats_itself(grpo, sft, work, pairs):
     assert adapter_bytes(grpo) != adapter_bytes(sft)
-    assert adapter_bytes(run_grpo(sft, pairs, work / "grpo2")) == adapter_bytes(grpo)
+    again = run_grpo(sft, pairs, work / "grpo2", "--inspect-every", 0)
+    assert adapter_bytes(again) == adapter_bytes(grpo) and not (again / "tokens.jsonl").exists()  # looking on changes nothing
+
+
+def test_the_flight_recorder(grpo):
+    """Step 1 and the last were inspected: every token of the group before and after, and the judge in other words."""
+    rows, tokens = ([json.loads(line) for line in (grpo / name).read_text().splitlines()] for name in ("completions.jsonl", "tokens.jsonl"))
+    assert [(t["step"], t["sample"]) for t in tokens] == [(s, i) for s in (1, 2) for i in range(4)]
+    for row, told in zip(rows, tokens):
+        assert len(told["tokens"]) == len(told["before"]) == len(told["after"]) == row["tokens"]
+        assert row["logprob"] == pytest.approx(sum(told["before"]) / row["tokens"], abs=1e-3) and row["logprob_after"] == pytest.approx(sum(told["after"]) / row["tokens"], abs=1e-3)
+    assert any(a != b for told in tokens for a, b in zip(told["before"], told["after"]))
+    facts = json.loads((grpo / "run.json").read_text())
+    assert facts["form"]["label"] == "emotion" and sum(facts["memory_plan"].values()) > 0.5 and facts["peak_memory_gb"] > 0.5
+    log = [json.loads(line) for line in (grpo / "log.jsonl").read_text().splitlines()]
+    assert all(row["tokens_per_second"] > 0 and row["judge_scores_per_second"] > 0 and row["time/inspect"] > 0 for row in log)
+    assert "TOKENS: log-prob before the step" in explain.explain(grpo, 2)
+
+
+def test_another_task_needs_a_rubric_and_data(work):
+    """The code reviews of tests/code_review: no emotion, no empathy, other spans, through every stage."""
+    review = k.HERE / "tests" / "code_review"
+    few = {}
+    for line in (review / "judge_exam.jsonl").read_text(encoding="utf-8").splitlines():
+        few.setdefault(json.loads(line)["criterion"], line)
+    (work / "review-exam.jsonl").write_text("\n".join(few.values()) + "\n", encoding="utf-8")
+    rubric, exam = ["--rubric", review / "rubrics.yaml"], ["--exam-pairs", work / "review-exam.jsonl"]
+    run("sft", *rubric, "--data", review / "dialogues.jsonl", "--limit", 4, "--batch-size", 2, "--max-steps", 3, "--learning-rate", "3e-3", "--out", work / "review")
+    run("grpo", "--from", work / "review", *rubric, *exam, "--data", review / "prompts.jsonl", "--steps", 1, "--group-size", 2, "--max-tokens", 8, "--force-judge", "--out", work / "review-grpo")
+    rows = [json.loads(line) for line in (work / "review-grpo" / "completions.jsonl").read_text().splitlines()]
+    assert all(set(row["components"]) == {"format", "verdict", "rubric"} and set(row["criteria"]) == {"relevance", "concreteness", "courtesy"} and row["label"] in ("approve", "request_changes", "ask", "split") for row in rows)
+    run("evaluate", work / "review-grpo", *rubric, *exam, "--data", review / "eval.jsonl", "--limit", 1, "--max-tokens", 8, "--out", work / "review-grpo" / "evaluation.json")
+    assert "verdict" in json.loads((work / "review-grpo" / "evaluation.json").read_text())["metrics"]["review-grpo"]
+    result = run("evaluate", work / "review-grpo", *exam, "--limit", 1, ok=False)  # the shipped rubric is another task's
+    assert result.exit_code == 1 and "give the --rubric it was trained with" in result.stderr
+    assert run("chat", work / "review-grpo", "--say", "+x = 1", "--max-tokens", 8).stdout.strip()
+    run("report", work / "review-grpo", "--out", work / "review.html")
+    page = (work / "review.html").read_text(encoding="utf-8")
+    assert "verdict" in page and "emotion" not in page.split("<body")[1]
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_a_tracker_beside_our_own_log(work, tracker):
+    pytest.importorskip("tensorboardX", reason="pip install -r tests/requirements.txt")
+    run("sft", *FEW, "--max-steps", 1, "--track", tracker, "--out", work / tracker)
+    assert list((work / tracker).rglob("events.out.tfevents.*")) and (work / tracker / "log.jsonl").exists()
 
 
 def test_grpo_with_transformers_rollouts_and_a_kl_penalty(sft, work, pairs):

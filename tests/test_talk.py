@@ -87,7 +87,8 @@ class Parrot:
 def converse(monkeypatch, *lines, parrot=None):
     said, parrot = iter([*lines, None]), parrot or Parrot()
     monkeypatch.setattr(talk, "ask_person", lambda: next(said))
-    k.converse(parrot, k.Dialogue("Ana, 9", "", "", "Her dog died.", "", ()), 8, 0.0, 0)
+    turn = lambda dialogue, what, number, inner: k.chat_turn(parrot, dialogue, what, 8, 0.0, number, inner)  # noqa: E731
+    talk.converse(k.Dialogue("Ana, 9", "", "", "Her dog died.", "", ()), turn, stop=parrot.close, row=lambda d: k.row_of(d, KARDIA))
     return parrot
 
 
