@@ -398,9 +398,9 @@ small,.note{color:var(--soft);font-size:.82rem}.lead{font-size:1.08rem}:focus-vi
 .differs td{max-width:26rem}code{font:.92em ui-monospace,monospace}
 .runs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:0 2.6rem}.runs>div{min-width:0}.whole .runs{grid-template-columns:minmax(0,1fr)}
 .name{display:flex;align-items:center;margin-top:1.2rem}.name h3{margin:0}.name h3+svg{margin-left:1.4rem}
-details.group{border-bottom:1px solid var(--rule);padding:.5rem 0}summary{cursor:pointer}.what{display:inline-block;min-width:17rem}.several .what{min-width:15rem}.several summary .track{width:6rem}
+details.group{border-bottom:1px solid var(--rule);padding:.5rem 0}summary{cursor:pointer}.what{display:inline-block;min-width:19rem}.several .what{min-width:17rem}.several summary .track{width:6rem}
 summary .track{display:inline-block;width:8rem;margin:0 .8rem 0 .3rem;vertical-align:middle}details details{margin:.5rem 0;font-size:.92rem}
-dl{margin:.4rem 0;font-size:.92rem;display:grid;grid-template-columns:minmax(7rem,max-content) minmax(0,1fr);gap:.2rem .9rem}dt{color:var(--soft)}dd{margin:0;max-width:46rem;white-space:pre-line}
+dl{margin:.4rem 0;font-size:.92rem;display:grid;grid-template-columns:minmax(7rem,max-content) minmax(0,1fr);gap:.2rem .9rem}dt{color:var(--soft)}dd{margin:0;max-width:46rem;white-space:pre-wrap}
 .cards{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(min(16.5rem,80vw),1fr);grid-template-rows:auto auto 1fr auto auto;gap:.4rem 1.6rem;overflow-x:auto;margin:1rem 0 .4rem;padding-bottom:.5rem;scroll-snap-type:x proximity}
 .card{display:grid;grid-row:1/-1;grid-template-rows:subgrid;align-content:start;border-top:3px solid var(--rule);padding-top:.5rem;font-size:.92rem;max-width:30rem;scroll-snap-align:start;min-width:0}
 .card.up{color:inherit;border-color:var(--up)}.card.down{color:inherit;border-color:var(--down)}.card header{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 .6rem;font-size:.84rem;font-variant-numeric:tabular-nums}

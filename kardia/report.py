@@ -216,7 +216,8 @@ def _exam(data: dict, *_) -> str:
     exam = data["exam"] or {}
     rows, others = [], any(isinstance(entry.get("held_out"), dict) for entry in (exam.get("criteria") or {}).values())
     for name, entry in [*(exam.get("criteria") or {}).items(), *([("overall", exam["overall"])] if exam.get("overall") else [])]:
-        count = f"{text(entry.get('correct'))}&nbsp;of&nbsp;{text(entry.get('n'))}" if "n" in entry else text(exam.get("pairs"))
+        right = number(entry.get("correct"))  # half a point for a tie
+        count = f"{'–' if right is None else f'{right:g}'}&nbsp;of&nbsp;{text(entry.get('n'))}" if "n" in entry else text(exam.get("pairs"))
         kind, word = ("up", "fit") if entry.get("fit") else ("down", "unfit")
         fit = f"<b class={kind}>{word}</b> <small class=prose>{text(entry.get('why'))}</small>" if "fit" in entry else ""
         held = entry.get("held_out") if isinstance(entry.get("held_out"), dict) else {}
