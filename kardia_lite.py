@@ -595,7 +595,11 @@ def make_sft_trainer_class():
 def plan_memory(base: Base, bits: int, rank: int, tokens: int, group: int = 0, completion: int = 0, judge_bytes: int = 0) -> dict[str, float]:
     """GB per term, told before anything is loaded; the report puts what was measured beside it. `tokens`: of the longest pass."""
     cuda = memory.has_gpu()
-    terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
+    try:
+        terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
+    except ValueError as error:  # a plan is a service; an architecture that it does not know trains all the same
+        say(f"memory: no plan for {base.name} ({error})")
+        return {}
     terms = {name: round(gb, 3) for name, gb in terms.items() if group or name.split()[0] not in ("rollouts", "judge")}
     say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
     return terms
@@ -836,21 +840,9 @@ def make_grpo_trainer_class():
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
             compute = self._packed_logps if self.share_prefix else super()._get_per_token_logps_and_entropies
             logps, entropies, *rest = compute(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
-            if self.inspecting and torch.is_grad_enabled():
+            if self.inspecting and torch.is_grad_enabled() and logps is not None:  # None: an engine whose loss computes its own
                 self.seen.append((input_ids, attention_mask, logits_to_keep, logps.detach()))
             return (logps, entropies, *rest)
-
-        def moved(self, first: int, last: int) -> list[tuple[list[int], list[float], list[float]]]:
-            """(token ids, log-probs before the optimizer step, after it) of the step's answers first..last-1, called when it is done."""
-            out, row = [], 0
-            for ids, mask, keep, before in self.seen:
-                if first <= row < last:
-                    with torch.no_grad(), self.accelerator.autocast():
-                        after = self._get_per_token_logps_and_entropies(self.model, ids, mask, keep)[0]
-                    for tokens, real, *logps in zip(ids[:, -keep:], mask[:, -keep:].bool(), before, after):
-                        out.append((tokens[real].tolist(), *(values[real].tolist() for values in logps)))
-                row += len(ids)
-            return out
 
         def _packed_logps(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **_):
             prompts, keep, flat = input_ids[:, :-logits_to_keep], attention_mask.bool(), []
@@ -875,6 +867,21 @@ def make_grpo_trainer_class():
                 return row.logps(causal_lm, row.predictors, torch.cat(completions), self.temperature)
 
     return KardiaGRPOTrainer
+
+
+def moved_logps(trainer, first: int, last: int) -> list[tuple[list[int], list[float], list[float]]]:
+    """(token ids, log-probs before the optimizer step, after it) of the inspected step's answers first..last-1, when it is done."""
+    import torch
+
+    out, row = [], 0
+    for ids, mask, keep, before in trainer.seen:
+        if first <= row < last:
+            with torch.no_grad(), trainer.accelerator.autocast():
+                after = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep)[0]
+            for tokens, real, *logps in zip(ids[:, -keep:], mask[:, -keep:].bool(), before, after):
+                out.append((tokens[real].tolist(), *(values[real].tolist() for values in logps)))
+        row += len(ids)
+    return out
 
 
 class Rollouts:
@@ -980,7 +987,7 @@ class Rollouts:
             groups = [self.records[i : i + G] for i in range(0, len(self.records), G)]
             g = max(range(len(groups)), key=lambda i: record.spread_of(groups[i]))
             decode = self.renderer.tokenizer.decode
-            for row, (ids, before, after) in zip(groups[g], self.trainer.moved(g * G, (g + 1) * G)):
+            for row, (ids, before, after) in zip(groups[g], moved_logps(self.trainer, g * G, (g + 1) * G)):
                 row.update(logprob=sum(before) / len(before), logprob_after=sum(after) / len(after))
                 tokens.append({"step": step, "group": g, "sample": row["sample"], "epsilon": self.options.epsilon, "tokens": [decode([i]) for i in ids],
                                "before": [round(x, 4) for x in before], "after": [round(x, 4) for x in after]})  # fmt: skip

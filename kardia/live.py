@@ -181,6 +181,17 @@ class Board:
         return sorted(place, key=place.__getitem__)
 
 
+def log_row(step: int, logs: dict[str, Any], seconds: float, tokens: float | None) -> dict[str, Any]:
+    """What TRL logged of a step and what it did not: memory, seconds and their parts, SFT's rate. `tokens`: seen before the step
+    (None: not known, the first step after a resume). Without NaN, which is no JSON."""
+    row = {"step": step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, "memory_gb": round(memory.used_gb(age=10), 3), "seconds": round(seconds, 3)}
+    if "time/rollout" in row:
+        row["time/update"] = round(row["seconds"] - sum(row.get(f"time/{part}", 0.0) for part in ("rollout", "judge", "inspect")), 3)
+    elif "num_tokens" in row and tokens is not None:
+        row["tokens_per_second"] = round((row["num_tokens"] - tokens) / max(1e-9, seconds), 1)
+    return row
+
+
 def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}):
     """A TrainerCallback: one line per step to log.jsonl and to the board. Ctrl-C saves a checkpoint, then stops; so does GRPO
     after `patience` steps in which no group had two different rewards (`stuck`). `step_done(step)` is called once the weights
@@ -222,14 +233,8 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
             if "train_runtime" in (logs or {}) or not logs:
                 return
             now = time.time()
-            row = {"step": state.global_step, **{k: v for k, v in logs.items() if not isinstance(v, float) or v == v}, **self.more, "memory_gb": round(memory.used_gb(age=10), 3), "seconds": round(now - self.last, 3)}
-            if "time/rollout" in row:
-                row["time/update"] = round(row["seconds"] - sum(row.get(f"time/{part}", 0.0) for part in ("rollout", "judge", "inspect")), 3)
-            elif "num_tokens" in row:
-                if self.tokens is not None:  # the first step after a resume does not know where it began
-                    row["tokens_per_second"] = round((row["num_tokens"] - self.tokens) / max(1e-9, row["seconds"]), 1)
-                self.tokens = row["num_tokens"]
-            self.last = now
+            row = log_row(state.global_step, {**logs, **self.more}, now - self.last, self.tokens)
+            self.last, self.tokens = now, row.get("num_tokens")
             run.append("log.jsonl", [row])
             board.step(row)
             self.idle = self.idle + 1 if row.get("frac_reward_zero_std") == 1 else 0

@@ -302,3 +302,9 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
 def test_show_names_what_is_trained(tmp_path):
     result = run("data", "check", k.DATA / "prompts.jsonl", "--show", 2)
     assert "prompts.jsonl:2 as the model sees it" in result.stdout and "a prompt: GRPO draws the answer" in result.stdout and "[[<|" not in result.stdout
+
+
+def test_a_model_whose_memory_cannot_be_planned_trains_all_the_same(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    assert k.plan_memory(k.Base("odd", tmp_path, None, "x"), 16, 8, 100) == {}
+    assert "no plan for odd (config.json has no" in capsys.readouterr().err
