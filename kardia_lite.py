@@ -301,7 +301,7 @@ class GRPOOptions(TrainOptions):
     rollout: str = knob("auto", "Who samples: llama.cpp, transformers (hf) or vLLM.", choices=("auto", "llama", "hf", "vllm"))
     save_steps: int = knob(10, "Optimizer steps between checkpoints.", min=1)
     inspect_every: int = knob(5, "Every so many steps one is inspected: log-probs of its tokens after the update, and the judge asked in held-out words. Changes nothing (0: never).", min=0)
-    patience: int = knob(20, "Stop, with a diagnosis, after so many steps in a row without two different rewards in any group (0: never).", min=0)
+    patience: int = knob(20, "Stop, with a diagnosis, after so many steps in a row without two different rewards in any group (0: never).", min=0, free=True)
 
     def answers_per_pass(self) -> int:
         """The micro-batch: a divisor of the group, so that no pass mixes two prompts."""
@@ -647,7 +647,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
     callback.warn()
     if callback.stuck:
         run.update(status="stopped", **measured)
-        raise UserError(f"stopped at step {trainer.state.global_step}: {live.diagnosis(run, patience)} (--patience 0 goes on regardless)")
+        raise UserError(f"stopped at step {trainer.state.global_step}: {live.diagnosis(run, patience)} The same command with --resume and --patience 0 goes on regardless")
     if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
         run.update(status="interrupted", **measured)
         raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")

@@ -128,7 +128,8 @@ class Run:
         if resume:
             run = cls(path)
             asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-            if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v]:
+            free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
+            if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v and k not in free]:
                 raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-import time
 from pathlib import Path
 
 import pytest

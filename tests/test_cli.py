@@ -308,3 +308,11 @@ def test_a_model_whose_memory_cannot_be_planned_trains_all_the_same(tmp_path, ca
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     assert k.plan_memory(k.Base("odd", tmp_path, None, "x"), 16, 8, 100) == {}
     assert "no plan for odd (config.json has no" in capsys.readouterr().err
+
+
+def test_a_run_stopped_by_its_patience_may_go_on_with_more(tmp_path):
+    options = k.GRPOOptions(patience=3)
+    k.Run.create(tmp_path / "run", "grpo", options, resume=False)
+    assert k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0), resume=True).facts["command"] == "grpo"
+    with pytest.raises(k.UserError, match="--resume with another --steps"):
+        k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0, steps=7), resume=True)
