@@ -1851,7 +1851,7 @@ def chat(model: str, said: str | None, profile: str, situation: str, max_tokens:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Directory to make.")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 def demo(out: Path, seed: int) -> None:
-    """The whole story on the embedded model, in about ten minutes.
+    """The whole story on the embedded model, in ten to twenty minutes.
 
     Check, SFT, judge exam, GRPO, evaluate, export, report, one chat turn, sized for two CPU cores; every step prints the command that does just that step.
 
