@@ -220,9 +220,12 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
             self.stopping = True
             say("\nfinishing this step, then saving (Ctrl-C again: stop at once)")
 
+        def on_step_begin(self, args, state, control, **_):
+            self.passes = 0
+
         def on_substep_end(self, args, state, control, **_):
-            passes = args.gradient_accumulation_steps
-            board.phase("update", 1 + int(board.doing.partition(" ")[2].partition("/")[0] or 0) if board.doing.startswith("update") else 1, passes)
+            self.passes += 1
+            board.phase("update", self.passes, args.gradient_accumulation_steps)
 
         def on_step_end(self, args, state, control, **_):
             self.more = step_done(state.global_step)

@@ -35,6 +35,7 @@ class Printer:
 
     def __init__(self, form: Form, inner: bool = True) -> None:
         self.form, self.inner = form, inner
+        self.begin = re.compile(rf"<\|({'|'.join(form.names)})_begin\|>")
         self.open: str | None = None  # the span that is being written
         self.at, self.replied, self.fresh = 0, False, True
 
@@ -42,7 +43,7 @@ class Printer:
         text = CONTROL.sub(" ", text)
         while True:
             if self.open is None:
-                begin = re.compile(rf"<\|({'|'.join(self.form.names)})_begin\|>").search(text, self.at)
+                begin = self.begin.search(text, self.at)
                 if not begin:
                     return
                 self.open, self.at, self.fresh = begin[1], begin.end(), True
