@@ -962,9 +962,9 @@ class Rollouts:
         texts, self.records = self.scored[0][0], []
         sampled = output.get("sampling_per_token_logps")
         self.trainer.inspecting = bool(every) and (step % every == 0 or step in (1, self.options.steps))
-        began = time.time()
-        items = [as_item(self.dialogues[row["index"]], find_span(text, self.rubric.form.reply) or "", self.rubric.form) for row, text in zip(inputs, texts)]
-        witness = self.judge.held_out_scores(items) if self.judge and self.trainer.inspecting else []
+        began, form, witness = time.time(), self.rubric.form, []
+        if self.judge and self.trainer.inspecting:
+            witness = self.judge.held_out_scores([as_item(self.dialogues[row["index"]], find_span(text, form.reply) or "", form) for row, text in zip(inputs, texts)])
         self.times["inspect"] = time.time() - began
         for i, reward in enumerate(rewards):
             dialogue = self.dialogues[inputs[i]["index"]]
@@ -977,7 +977,7 @@ class Rollouts:
                 "logprob": float(sampled[i][:n].mean()) if sampled is not None else None, "logprob_after": None,
             })  # fmt: skip
         best = max(self.records, key=lambda r: -1.0 if r["reward"] is None else r["reward"])
-        self.board.sample(find_span(best["completion"], self.rubric.form.reply) or best["completion"], best["reward"])
+        self.board.sample(find_span(best["completion"], form.reply) or best["completion"], best["reward"])
         self.board.phase("update")
 
     def step_done(self, step: int) -> dict[str, float]:

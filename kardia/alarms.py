@@ -19,7 +19,7 @@ from statistics import NormalDist, stdev
 from typing import NamedTuple
 
 from kardia.guards import WORD
-from kardia.record import fixed, form_of, groups_of, is_grpo, mean_of, number, quarters, rewards_of, series, spread_of
+from kardia.record import fixed, form_of, groups_of, is_grpo, mean_of, number, printable, quarters, rewards_of, series, spread_of
 
 ENOUGH = 8  # groups for an interval, as steps for quarters of two; under that Student's quantile is anybody's guess
 ROWS = 100  # replies for a correlation inside groups: of fewer it is off by more than 0.1, one time in three
@@ -82,7 +82,7 @@ def _scores(value) -> dict[str, float]:
 
 def _plain(value) -> str:
     """Words of a run in one line, without control characters."""
-    return "".join(c if c.isprintable() else " " for c in str(value)[:200])
+    return printable(str(value)[:200])
 
 
 def _names(names: Iterable) -> str:

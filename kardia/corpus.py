@@ -16,6 +16,8 @@ from hashlib import blake2b
 from statistics import mean, median
 from typing import Any
 
+from kardia.record import SPAN
+
 RUN = 5  # words in a shingle
 SKETCH = 128  # hashes kept per text: shorter texts are compared exactly, longer ones to about 0.04
 ALIKE = 0.3  # Jaccard of shingles from which two texts count as near-duplicates: about half their words stand in shared runs
@@ -24,7 +26,6 @@ NO_PROFILE = "No profile is given."  # what imports write where a data set has n
 CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts written without spaces: each sign is a word
 WORD = re.compile(rf"[{CHARACTER}]|[^\W{CHARACTER}]+(?:['\u2019][^\W{CHARACTER}]+)*")
 MARKER = re.compile(r"<\|\w+?_(?:begin|end)\|>")
-SPAN = re.compile(r"<\|(\w+)_begin\|>(.*?)<\|\1_end\|>", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import math
 import textwrap
 from pathlib import Path
 
-from kardia.record import ReportError, advantages_of, fixed, form_of, groups_of, number, parts_of, read_run, rewards_of, split_spans, spread_of, why_pushed
+from kardia.record import ReportError, advantages_of, fixed, form_of, groups_of, number, parts_of, printable, read_run, rewards_of, split_spans, spread_of, why_pushed
 
 WIDTH = 100  # columns
 
 
 def _say(label: str, text, clip: int = 100_000) -> list[str]:
-    """`label` and wrapped text, at most WIDTH columns; control characters (escape sequences, direction marks) become spaces."""
-    clean = "".join(c if c.isprintable() else " " for c in f"{label:<11} {text}"[:clip])
+    """`label` and wrapped text, at most WIDTH columns, without control characters."""
+    clean = printable(f"{label:<11} {text}"[:clip])
     return textwrap.wrap(clean, WIDTH, initial_indent="  ", subsequent_indent=" " * 14)
 
 

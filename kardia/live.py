@@ -146,7 +146,7 @@ class Board:
 
     def sample(self, text: str, reward: float | None, every: float = 60.0) -> None:
         """One answer of the step, on a single line; in a plain log at most one a minute."""
-        clean = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        clean = " ".join(record.printable(text).split())
         self.said = f"reward {reward:.2f}: {clean}" if reward is not None else clean
         if self.plain and clean and time.time() - self.told > every:
             self.told = time.time()

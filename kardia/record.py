@@ -147,6 +147,11 @@ def fixed(value, digits: int = 2, sign: bool = False, none: str = "–") -> str:
     return none if known is None else f"{known:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def printable(value) -> str:
+    """Text of a run for a terminal: control characters (escape sequences, direction marks, line ends) become spaces."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
+
+
 def split_spans(text) -> list[tuple[str, str]]:
     """[(span name, its text)] of a reply, in order; "" names what stands outside every well-formed span."""
     parts, end, text = [], 0, str(text or "")

@@ -35,7 +35,6 @@ class Printer:
 
     def __init__(self, form: Form, inner: bool = True) -> None:
         self.form, self.inner = form, inner
-        self.begin = re.compile(rf"<\|({'|'.join(form.names)})_begin\|>")
         self.open: str | None = None  # the span that is being written
         self.at, self.replied, self.fresh = 0, False, True
 
@@ -43,7 +42,7 @@ class Printer:
         text = CONTROL.sub(" ", text)
         while True:
             if self.open is None:
-                begin = self.begin.search(text, self.at)
+                begin = next((mark for mark in self.form.marker.finditer(text, self.at) if mark[2] == "begin"), None)
                 if not begin:
                     return
                 self.open, self.at, self.fresh = begin[1], begin.end(), True
