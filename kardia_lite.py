@@ -55,9 +55,6 @@ import itertools
 import json
 import os
 import random
-import re
-import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,17 +63,20 @@ from typing import Any
 
 import click
 
-from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, live, memory, packing, record, report, talk
+from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, keep, live, memory, packing, record, report, talk
 from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torch_answers, torch_logits
-from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, quiet, resolve_base
+from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, made_once, quiet, resolve_base, strangers_files
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
+from kardia.ladder import Ladder, Retrying, rungs_of
 from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.memory import compute_dtype, proof_dtype
+from kardia.record import find_span
 from kardia.rubric import KARDIA, METHODS, Form, Rubric, load_rubric
-from kardia.runs import Run, UserError, file_hash, knob, machine, options, progress, say, versions, write_json, write_text
+from kardia.runs import Run, UserError, file_hash, json_lines, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
-from kardia.weights import ExportError, atomic, lora_pairs, read_adapter
+from kardia.templates import check_template, limited
+from kardia.weights import ExportError, lora_pairs, read_adapter, reason
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -120,12 +120,6 @@ def parse_answer(text: str, form: Form = KARDIA) -> dict[str, str]:
     return spans
 
 
-def find_span(text: str, name: str) -> str | None:
-    """One span of a text that need not be valid as a whole; None if it is not there. The first one counts."""
-    match = re.search(rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", text, re.DOTALL)
-    return match.group(1).strip() if match else None
-
-
 # ------------------------------------------------------------------------------------------------ 2 data
 
 
@@ -150,43 +144,54 @@ class Dialogue:
         return dataclasses.replace(self, messages=self.messages[:1])
 
 
+MOST_ERRORS = 10_000  # a file of the wrong kind has as many as lines
+LONGEST_TEXT = 100_000  # characters of one text of a row; no model here reads as much
+
+
 def check_row(row: Any, rubric: Rubric, where: str) -> tuple[Dialogue | None, list[str]]:
     """One decoded JSON value -> (Dialogue, []) or (None, every error as `file:line: found / expected`)."""
     errors: list[str] = []
     labels, form, key_of_label = rubric.labels, rubric.form, rubric.form.label
 
     def wrong(found: Any, expected: str) -> None:
-        errors.append(f"{where}: found {str(found)[:80]} / expected {expected}")
+        errors.append(f"{where}: found {record.brief(found, 100) if not isinstance(found, str) else found} / expected {expected}")
 
     if not isinstance(row, dict):
         wrong(type(row).__name__, f"a JSON object with person, {key_of_label}, situation and messages")
         return None, errors
     for key in ("person", key_of_label, "situation"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            wrong(f"{key} = {row.get(key)!r}", f"{key}: a text")
+            wrong(f"{key} = {record.brief(row.get(key))}", f"{key}: a text")
     for key in ("mbti", "anon_username"):
         if not isinstance(row.get(key, ""), str):
-            wrong(f"{key} = {row[key]!r}", f"{key}: a text")
+            wrong(f"{key} = {record.brief(row[key])}", f"{key}: a text")
+    if long := next((key for key in ("person", "situation", "mbti", "anon_username") if len(row.get(key) or "") > LONGEST_TEXT), None) if not errors else None:
+        wrong(f"{long} of {len(row[long]):,} characters", f"at most {LONGEST_TEXT:,}")
     label = row.get(key_of_label)
     if isinstance(label, str) and label.strip() and label not in set(labels.values()):
-        wrong(f"{key_of_label} {label!r}", "one of the labels in rubrics.yaml" + (f" (is it {labels[label.lower()]!r}?)" if label.lower() in labels else ""))
+        wrong(f"{key_of_label} {record.brief(label)!r}", "one of the labels in rubrics.yaml" + (f" (is it {labels[label.lower()]!r}?)" if label.lower() in labels else ""))
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        wrong(f"messages = {str(messages)[:40]}", "a list of {role, content}")
+        wrong(f"messages = {record.brief(messages, 40)}", "a list of {role, content}")
         return None, errors
     turns = []
     for i, message in enumerate(messages):
+        if len(errors) > 20:
+            break
         role = "user" if i % 2 == 0 else "assistant"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message["content"].strip():
             wrong(f"messages[{i}] without content", "{role, content} with a text")
             continue
+        if len(message["content"]) > LONGEST_TEXT:
+            wrong(f"messages[{i}] of {len(message['content']):,} characters", f"at most {LONGEST_TEXT:,}")
+            continue
         if message.get("role") != role:
-            wrong(f"messages[{i}].role {message.get('role')!r}", f"{role!r} (roles alternate and the user begins)")
+            wrong(f"messages[{i}].role {record.brief(message.get('role'))!r}", f"{role!r} (roles alternate and the user begins)")
         if role == "assistant":
             try:
                 spans = parse_answer(message["content"], form)
                 if spans[form.label] not in set(labels.values()):
-                    wrong(f"messages[{i}] {form.label} span {spans[form.label]!r}", f"one of the labels in rubrics.yaml, usually the row's {form.label}")
+                    wrong(f"messages[{i}] {form.label} span {record.brief(spans[form.label])!r}", f"one of the labels in rubrics.yaml, usually the row's {form.label}")
             except SpanError as error:
                 wrong(f"messages[{i}]: {error}", f"{', '.join(form.names)}, each once, in this order")
         turns.append((role, message["content"]))
@@ -201,27 +206,21 @@ def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dial
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a JSONL file of dialogues (data/dialogues.jsonl shows the schema)")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 inside a text ends no row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or `data import` it") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, value, problem in json_lines(path):
             where = f"{path}:{number}"
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                errors.append(f"{where}: found {line.strip()[:40]!r} ({getattr(error, 'msg', 'nested too deeply')}) / expected one JSON object per line")
+            if problem:
+                errors.append(f"{where}: found {problem} / expected one JSON object per line")
                 continue
             dialogue, found = check_row(value, rubric, where)
             if dialogue and kind != "any" and dialogue.is_prompt != (kind == "prompt"):
                 found = [f"{where}: found a row that ends with {dialogue.messages[-1][0]} / expected a {kind} (ends with {'user' if kind == 'prompt' else 'assistant'})"]
             errors += found
             rows.append(dialogue)
+            if len(errors) > MOST_ERRORS:
+                break
     if errors:
-        more = f"\n... and {len(errors) - 50} more" if len(errors) > 50 else ""
-        raise UserError(f"{len(errors)} problem{'s' * (len(errors) > 1)} in the data:\n" + "\n".join(errors[:50]) + more)
+        more = f"\n... and {'over ' * (len(errors) > MOST_ERRORS)}{min(len(errors), MOST_ERRORS) - 50} more" if len(errors) > 50 else ""
+        raise UserError(f"{'over ' * (len(errors) > MOST_ERRORS)}{min(len(errors), MOST_ERRORS)} problem{'s' * (len(errors) > 1)} in the data:\n" + "\n".join(errors[:50]) + more)
     if not rows:
         raise UserError(f"{', '.join(map(str, paths))}: no rows; expected JSONL dialogues")
     return rows
@@ -249,7 +248,7 @@ def chat_messages(dialogue: Dialogue, turns: int, system_role: bool = True, form
 
 @dataclass
 class CommonOptions:
-    seed: int = knob(0, "Seed of everything random.", min=0)
+    seed: int = knob(0, "Seed of everything random.", min=0, max=2**32 - 1)
     rubric: Path = knob(HERE / "rubrics.yaml", "Criteria, judge wording, reward weights, emotion labels.")
     offline: bool = knob(False, "Never ask the hub (always so when model and judge are local).")
 
@@ -390,15 +389,19 @@ def start(options: CommonOptions, *local: str) -> None:
 def load_tokenizer(base: Base):
     from transformers import AutoTokenizer
 
-    return ready(AutoTokenizer.from_pretrained(base.directory), base.name)
+    with strangers_files(base.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    return ready(tokenizer, base.name)
 
 
 def ready(tokenizer, name: str):
     """A tokenizer that can render chats and pad, or one line that says why not."""
     if not tokenizer.chat_template:
         raise UserError(f"{name}: its tokenizer has no chat template; use an instruct model")
+    check_template(tokenizer.chat_template, tokenizer.special_tokens_map, name)
     # A chat's turn often ends in another token than a text (gemma: <end_of_turn>, not <eos>); that one is trained and stopped at.
-    tokenizer.eos_token = clients.end_of_turn(tokenizer) or tokenizer.eos_token
+    with limited(name):
+        tokenizer.eos_token = clients.end_of_turn(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -416,23 +419,40 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
     torch.manual_seed(seed)
     if engine == "unsloth":
         return load_policy_unsloth(base, bits, adapter, rank, alpha, seed, max_length)
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization, dtype = None, dtype or compute_dtype()
     if bits == 4:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = {"": 0} if torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map=device)
+    with strangers_files(base.name, "model"):
+        model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map=device, use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = False
     if adapter is None:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
         return get_peft_model(model, config)
-    read_adapter(adapter)  # refuses pickles and what an export would lose, in one line
+    return put_on(model, adapter, base.name)
+
+
+def put_on(model, adapter: Path, name: str):
+    """A trained LoRA on its base, to go on with. PEFT gets a configuration of ours and the tensors, never the file's own
+    configuration: that may name modules to import and patterns to search with."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    told, pairs = read_adapter(adapter)  # refuses pickles and what an export would lose, in one line
+    last = {module.rpartition(".")[2] for module in pairs}
+    named = [module for module, _ in model.named_modules() if module.rpartition(".")[2] in last]
+    config = LoraConfig(r=told["r"], lora_alpha=told["lora_alpha"], target_modules=sorted(last) if len(named) == len(pairs) else sorted(pairs), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+                        use_rslora=bool(told.get("use_rslora")), rank_pattern=told.get("rank_pattern") or {}, alpha_pattern=told.get("alpha_pattern") or {})  # fmt: skip
+    tensors = {f"base_model.model.{module}.lora_{kind}.weight": tensor for module, pair in pairs.items() for kind, tensor in zip("AB", pair)}
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = get_peft_model(model, config)
+        if left := set_peft_model_state_dict(model, tensors).unexpected_keys:
+            raise ValueError(f"{left[0]} has no place in it")
+        return model
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter}: does not fit the base {base.name} (adapter of another base?): {str(error).splitlines()[0][:120]}") from error
+        raise UserError(f"{adapter}: does not fit the base {name} (adapter of another base?): {reason(error)[:120]}") from error
 
 
 def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
@@ -462,8 +482,7 @@ class Renderer:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template([{"role": "system", "content": "@@"}, {"role": "user", "content": "x"}], tokenize=False)
-            return "@@" in text
+            return "@@" in self.render([{"role": "system", "content": "@@"}, {"role": "user", "content": "x"}], generate=False)
         except TemplateError:  # gemma: "System role not supported"
             return False
 
@@ -481,7 +500,8 @@ class Renderer:
         return self.render(self.chat(dialogue, turns), generate)
 
     def render(self, chat: list[dict[str, str]], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, enable_thinking=False)
+        with limited("this model"):
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, enable_thinking=False)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -529,13 +549,19 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     live.check_tracker(options.track)
     engine = choose_engine(options.engine)
     bits = options.bits or (4 if memory.has_gpu() else 16)
-    run = Run.create(out, "sft", options, resume, parent=None, bits=bits, engine=engine, **describe(base), form=rubric.form.facts(), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
-    checkpoint = run.checkpoint() if resume else None
+    facts = dict(parent=None, bits=bits, engine=engine, **describe(base), form=rubric.form.facts(), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
+    with Run.create(out, "sft", options, resume, **facts) as run:
+        if not keep.already_done(run):
+            run_sft(options, run, base, engine, bits, rows, rubric.form)
+    return run
+
+
+def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, rows: list[Dialogue], form: Form) -> None:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer, rubric.form)
+    renderer = Renderer(tokenizer, form)
     examples = [pair for row in rows for pair in renderer.examples(row, options.max_length)]
     if not examples:
         raise UserError(f"{options.data}: no dialogue fits into --max-length {options.max_length}")
@@ -544,21 +570,30 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     accumulate = max(1, round(options.batch_size / micro))
     say(f"SFT on {len(examples)} examples of {len(rows)} dialogues ({tokens:,} tokens, {sum(sum(t != -100 for t in labels) for _, labels in examples):,} trained), {engine}, {bits} bits; "
         f"{micro} dialogues x {accumulate} micro-batches = {micro * accumulate} per step")  # fmt: skip
-    longest = sorted((len(ids) for ids, _ in examples), reverse=True)[:micro]
-    run.update(memory_plan=plan_memory(base, bits, options.lora_rank, sum(longest)))
+    data = [{"input_ids": ids, "labels": labels} for ids, labels in examples]
+    longest = sorted(data, key=lambda row: -len(row["input_ids"]))[:micro]
+    run.update(memory_plan=plan_memory(base, bits, options.lora_rank, sum(len(row["input_ids"]) for row in longest)))
     model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, max_length=options.max_length)
     config = SFTConfig(
         output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1, warmup_steps=3, lr_scheduler_type="cosine", max_length=None, save_steps=options.save_steps, dataset_kwargs={"skip_prepare_dataset": True}, **shared_arguments(options, bits),
     )  # fmt: skip
-    data = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in examples])
     hindrance = packing.enable(model.base_model.model) if engine == "transformers" else "its own kernels"
     if hindrance:
         say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
-    trainer_class, collator = (SFTTrainer, None) if hindrance else (make_sft_trainer_class(), side_by_side)
-    trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator)
-    finish(run, trainer, checkpoint)
-    return run
+    trainer = make_sft_trainer_class(packed=not hindrance)(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, data_collator=None if hindrance else side_by_side)
+    trainer.longest = longest
+    keep.finish(run, trainer, climb(run, trainer, Ladder(micro, None if hindrance else 128)))
+
+
+def climb(run: Run, trainer, ladder: Ladder) -> Path | None:
+    """Give the trainer its ladder, on the rung where an interrupted run stood. Returns the checkpoint to go on from."""
+    checkpoint = keep.newest(run)
+    ladder.rungs, here = rungs_of(run.facts, keep.step_of(checkpoint) if checkpoint else 0)
+    for name in ("passes", "chunk", "tokens", "group") if here else ():
+        setattr(ladder, name, here[name])
+    trainer.ladder, trainer.on_rung = ladder, lambda rungs: run.update(ladder=rungs)
+    return checkpoint
 
 
 def side_by_side(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
@@ -569,25 +604,44 @@ def side_by_side(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "lengths": [len(e["input_ids"]) for e in examples]}
 
 
-def make_sft_trainer_class():
-    """TRL's SFTTrainer with another loss function of the same value: dialogues of a micro-batch lie side by side and do not see
-    each other, and logits are computed only where an answer's token is predicted, a chunk at a time (kardia/packing.py)."""
+def make_sft_trainer_class(packed: bool = True):
+    """TRL's SFTTrainer, which goes down the ladder when memory runs out; `packed`: with another loss function of the same value:
+    dialogues of a micro-batch lie side by side and do not see each other, and logits are computed only where an answer's token is
+    predicted, a chunk at a time (kardia/packing.py)."""
     from trl import SFTTrainer
 
-    class KardiaSFTTrainer(SFTTrainer):
+    class KardiaSFTTrainer(Retrying, SFTTrainer):
+        longest: list[dict] = []  # a micro-batch of the longest examples
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if not packed:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             ids, labels = inputs["input_ids"], inputs["labels"]
             causal_lm = self.accelerator.unwrap_model(model).base_model.model  # inside the PeftModel
             trained = (labels != -100).nonzero()[:, 0]
             row = packing.pack(ids[:0], ids.split(inputs["lengths"]))
             with self.accelerator.autocast():
-                logps, entropies, right = row.logps(causal_lm, trained - 1, labels[trained])
+                logps, entropies, right = row.logps(causal_lm, trained - 1, labels[trained], chunk=self.ladder.chunk if self.ladder else 128)
             for name, values in (("entropy", entropies), ("mean_token_accuracy", right)):
                 self._metrics["train"][name].append(values.mean().item())
             self._total_train_tokens += len(ids)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             shares = self.accelerator.num_processes if num_items_in_batch is not None else 1  # the count is of all processes, the gradient their mean
             return -logps.sum() / (len(trained) if num_items_in_batch is None else num_items_in_batch) * shares
+
+        def passes_of(self, inputs, index):
+            n, lengths = self.ladder.passes, inputs.get("lengths") or [1] * len(inputs["input_ids"])  # in a padded batch a dialogue is one row
+            if len(lengths) <= n:
+                yield inputs
+                return
+            for first in range(0, len(lengths), n):
+                begin, end = sum(lengths[:first]), sum(lengths[: first + n])
+                part = {key: value[begin:end] for key, value in inputs.items() if key != "lengths"}
+                yield {**part, "lengths": lengths[first : first + n]} if packed else part
+
+        def largest_pass(self):
+            inputs = self.data_collator(self.longest[: self.ladder.passes])
+            return inputs, (inputs["labels"] != -100).sum()
 
     return KardiaSFTTrainer
 
@@ -602,6 +656,8 @@ def plan_memory(base: Base, bits: int, rank: int, tokens: int, group: int = 0, c
         return {}
     terms = {name: round(gb, 3) for name, gb in terms.items() if group or name.split()[0] not in ("rollouts", "judge")}
     say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
+    if sum(terms.values()) > (free := memory.available_gb()) > 0:
+        say(f"  that is more than the {free:.1f} GB that are free: a smaller --micro-batch" + (", --group-size or --max-tokens" if group else " or --max-length") + " takes less; if memory runs out, the run goes down by itself")
     return terms
 
 
@@ -619,46 +675,6 @@ def shared_arguments(options: TrainOptions, bits: int) -> dict[str, Any]:
         seed=options.seed, data_seed=options.seed, logging_steps=1, save_strategy="steps", save_total_limit=2, report_to=options.track, disable_tqdm=True, use_cpu=not cuda,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=cuda, optim="paged_adamw_8bit" if cuda else "adamw_torch", max_grad_norm=1.0, weight_decay=0.0, dataloader_pin_memory=cuda,
     )  # fmt: skip
-
-
-def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}, board: live.Board | None = None) -> None:
-    """Train (or go on), save the adapter under its final name, close the books. `board` shows how it goes, `patience` and
-    `step_done` are GRPO's: see kardia/live.py."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.create_model_card = lambda *_, **__: None  # a run directory holds what we put there
-    board = board or live.Board(run.facts["command"].upper())
-    callback = live.recorder(run, board, patience, step_done)
-    trainer.add_callback(callback)
-    if checkpoint:
-        step = int(checkpoint.name.split("-")[1])
-        run.rewind(step)
-        say(f"going on from step {step}")
-    before = signal.getsignal(signal.SIGINT)
-    began, peak = time.time(), memory.PeakSampler()
-    try:
-        with peak:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        board.end()
-        signal.signal(signal.SIGINT, before)
-    measured = dict(seconds=round(run.facts.get("seconds", 0.0) + time.time() - began, 1), peak_memory_gb=round(max(peak.peak, run.facts.get("peak_memory_gb", 0.0)), 2), peak_memory_of=peak.of)
-    callback.warn()
-    if callback.stuck:
-        run.update(status="stopped", **measured)
-        raise UserError(f"stopped at step {trainer.state.global_step}: {live.diagnosis(run, patience)} The same command with --resume and --patience 0 goes on regardless")
-    if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
-        run.update(status="interrupted", **measured)
-        raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
-    target = atomic(run.path / "adapter")
-    trainer.model.save_pretrained(target, selected_adapters=["default"])
-    shutil.rmtree(run.path / "adapter", ignore_errors=True)
-    os.replace(target, run.path / "adapter")
-    (run.path / "adapter" / "README.md").unlink(missing_ok=True)
-    for leftover in run.path.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
-    run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **measured)
 
 
 # ------------------------------------------------------------------------------------------------ 6 rewards
@@ -704,7 +720,7 @@ def score_answers(answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Ju
     if judge is not None:
         for reward, item, scores in zip(rewards, items, judge.scores(items)):
             reward.criteria = scores
-            reward.refused = guard(item.reply, item.said)
+            reward.refused = guard(item.reply, item.said, item.known)
             reward.components["rubric"] = weighted(scores, rubric.weights)
     return rewards
 
@@ -785,11 +801,11 @@ def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
 
     before = count()
     say(f"training on {len(pairs)} pairs and what is derived from them; before: {before[0]:.0%} right ({before[1]:.0%} to {before[2]:.0%}) on {len(held_out)} held-out pairs")
-    began = time.time()
+    began = time.monotonic()
 
     def log(step: int, steps: int, loss: float) -> None:
         if step % 10 == 0 or step == steps:
-            say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {(time.time() - began) / step * (steps - step) / 60:.1f} min left")
+            say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {(time.monotonic() - began) / step * (steps - step) / 60:.1f} min left")
 
     judge_lora.train(model, margins, pairs, options.epochs, options.learning_rate, options.batch_size, options.seed, log)
     after = count()
@@ -797,39 +813,73 @@ def train_judge(options: JudgeTrainOptions, out: Path) -> dict[str, Any]:
 
     state = {name: tensor.detach().float().cpu() for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()}
     gguf_io.write_lora_gguf(model.peft_config["default"].to_dict(), lora_pairs(state), json.loads((base.directory / "config.json").read_text()), out, half=True)
-    return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.time() - began}
+    return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.monotonic() - began}
 
 
 # ------------------------------------------------------------------------------------------------ 7 GRPO
 
 
 def make_grpo_trainer_class():
-    """TRL's GRPOTrainer with two changes: the update shares the prompt within a group, and every rollout is written down."""
+    """TRL's GRPOTrainer with three changes: the update shares the prompt within a group, every rollout is written down, and when
+    memory runs out the step is done again a rung lower (kardia/ladder.py)."""
     import torch
     from trl import GRPOTrainer
-    from trl.trainer.utils import split_tensor_dict
 
-    class KardiaGRPOTrainer(GRPOTrainer):
+    class KardiaGRPOTrainer(Retrying, GRPOTrainer):
         trust_sampler = False  # sampler's log-probs as the old ones: the clipped ratio then corrects for other weights
         record = None  # called with the step's rollouts once their advantages are known
         inspecting = False  # this step's log-probs are kept, to be compared with those after it
+        longest: list[int] = []  # the longest prompt
 
         def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
             super().__init__(*arguments, **more)
             self.hindrance = packing.enable(self.model.base_model.model) if share_prefix else "its own kernels"
             self.share_prefix = self.hindrance is None
+            self.ladder = Ladder(self.args.per_device_train_batch_size, 128 if self.share_prefix else None, self.max_completion_length, self.num_generations)
 
-        def _prepare_inputs(self, generation_batch):
-            """TRL's buffer without its shuffle, so that a micro-batch holds answers to one prompt. The gradient is the same: one
-            token denominator (loss_type dapo) spans all micro-batches of a step."""
-            if not self.model.training:
-                return super()._prepare_inputs(generation_batch)
-            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-                self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), self.args.steps_per_generation)
-            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        def _prepare_inputs(self, inputs):
+            return inputs if self.model.training else super()._prepare_inputs(inputs)  # in training they come from `passes_of`
+
+        def passes_of(self, inputs, index):
+            """TRL's buffer without its shuffle, so that a pass holds answers to one prompt. The gradient is the same: one token
+            denominator (loss_type dapo) spans all passes of a step. The first micro-batch draws and scores the step's answers."""
+            begun = self._kept["step"]
+            self._step, parts = begun + index, self.args.steps_per_generation
+            self.model.train()
+            if self._step % (parts * self.num_iterations) == 0 and index == 0 and self._drawn is None or self._buffered_inputs is None:
+                self._buffered_inputs = self._generate_and_score_completions(inputs)
+                self._drawn = self._counts()
+            batch, part = self._buffered_inputs, self._step % parts
+            n = len(batch["completion_ids"])
+            ends = n * part // parts, n * (part + 1) // parts
+            if ends[0] == ends[1]:
+                yield {**_rows(batch, 0, 1), "advantages": batch["advantages"][:1] * 0}  # after the group shrank: a pass that counts nothing
+            for first in range(ends[0], ends[1], self.ladder.passes):
+                self._step = begun + index  # TRL counts passes
+                yield _rows(batch, first, min(first + self.ladder.passes, ends[1]))
+            self._step = begun + index + 1
+
+        def largest_pass(self):
+            rows, C, device = self.ladder.passes, self.max_completion_length, self.accelerator.device
+            prompt, zeros = torch.tensor([self.longest] * rows, device=device), torch.zeros(rows, C, device=device)
+            answer = prompt.repeat(1, -(-C // prompt.shape[1]))[:, :C]
+            return {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": answer, "completion_mask": torch.ones_like(answer), "advantages": zeros[:, 0],
+                    "num_items_in_batch": torch.tensor(rows * C, device=device), "ref_per_token_logps": zeros, "importance_sampling_ratio": torch.ones_like(zeros)}, None  # fmt: skip
+
+        def rung_left(self):
+            changed = (self.num_generations, self.max_completion_length) != (self.ladder.group, self.ladder.tokens)
+            self.num_generations, self.max_completion_length, self.seen = self.ladder.group, self.ladder.tokens, []
+            if hasattr(self, "generation_config"):  # transformers' own rollouts
+                self.generation_config.max_new_tokens = self.ladder.tokens
+            if changed or self._buffered_inputs is None:
+                self._buffered_inputs = self._drawn = None
+            return self._buffered_inputs is None
 
         def _generate_and_score_completions(self, inputs):
+            G = self.args.num_generations  # in each prompt's block of the dataloader; of a smaller group the first ones are taken
+            inputs, self.drawing = [row for i, row in enumerate(inputs) if i % G < self.num_generations], True
             output = super()._generate_and_score_completions(inputs)
+            self.drawing = False
             if self.trust_sampler and output.get("sampling_per_token_logps") is not None:
                 output["old_per_token_logps"] = output["sampling_per_token_logps"]
             self.seen: list[tuple] = []  # per pass of this step: (input_ids, attention_mask, logits_to_keep, log-probs)
@@ -864,7 +914,12 @@ def make_grpo_trainer_class():
             completions = [row[mask] for row, mask in zip(input_ids[:, -logits_to_keep:], keep[:, -logits_to_keep:])]
             row = packing.pack(prompt, completions)
             with self.accelerator.autocast():
-                return row.logps(causal_lm, row.predictors, torch.cat(completions), self.temperature)
+                return row.logps(causal_lm, row.predictors, torch.cat(completions), self.temperature, self.ladder.chunk)
+
+    def _rows(batch, first, end):
+        """Rows first..end-1 of a batch; what is no row (the count of tokens) stays."""
+        n = len(batch["completion_ids"])
+        return {key: value[first:end] if getattr(value, "ndim", 0) and len(value) == n or isinstance(value, list) else value for key, value in batch.items()}
 
     return KardiaGRPOTrainer
 
@@ -874,11 +929,11 @@ def moved_logps(trainer, first: int, last: int) -> list[tuple[list[int], list[fl
     import torch
 
     out, row = [], 0
-    for ids, mask, keep, before in trainer.seen:
+    for ids, mask, width, before in trainer.seen:
         if first <= row < last:
             with torch.no_grad(), trainer.accelerator.autocast():
-                after = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep)[0]
-            for tokens, real, *logps in zip(ids[:, -keep:], mask[:, -keep:].bool(), before, after):
+                after = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0]
+            for tokens, real, *logps in zip(ids[:, -width:], mask[:, -width:].bool(), before, after):
                 out.append((tokens[real].tolist(), *(values[real].tolist() for values in logps)))
         row += len(ids)
     return out
@@ -902,20 +957,20 @@ class Rollouts:
         """prompts: chats, each repeated G times in a row -> {"prompt_ids", "completion_ids", "logprobs"}, one entry per chat."""
         from peft import get_peft_model_state_dict
 
-        began = time.time()
+        began = time.monotonic()
         config = trainer.model.peft_config["default"].to_dict()
         state = get_peft_model_state_dict(trainer.model, adapter_name="default")
         gguf_io.write_lora_gguf(config, lora_pairs({name: tensor.detach().float().cpu() for name, tensor in state.items()}), self.base_config, self.lora)
         self.worker.set_lora("policy", self.lora)
         G = trainer.num_generations
-        unique = [self.renderer.ids(self.renderer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)) for chat in prompts[::G]]
+        unique = [self.renderer.ids(self.renderer.render(chat, generate=True)) for chat in prompts[::G]]
         step = trainer.state.global_step
         seeds = [random.Random(f"{self.options.seed}/{step}/{i}").getrandbits(63) for i in range(len(prompts))]
         o = self.options
         self.board.phase("rollouts", 0, len(prompts))
-        samples = self.worker.rollout(unique, group=G, max_tokens=o.max_tokens, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p,
+        samples = self.worker.rollout(unique, group=G, max_tokens=trainer.max_completion_length, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p, longest=len(trainer.longest),
                                       progress=lambda done: self.board.phase("rollouts", done, len(prompts)))  # fmt: skip
-        self.times["rollout"], self.drawn = time.time() - began, sum(len(s["ids"]) for s in samples)
+        self.times["rollout"], self.drawn = time.monotonic() - began, sum(len(s["ids"]) for s in samples)
         return {"prompt_ids": [ids for ids in unique for _ in range(G)], "completion_ids": [s["ids"] for s in samples], "logprobs": [s["logprobs"] for s in samples]}
 
     def rewards(self, completions, index) -> list[Reward]:
@@ -923,10 +978,10 @@ class Rollouts:
         texts = [completion[0]["content"] for completion in completions]
         key = (tuple(texts), tuple(index))
         if self.scored[0] != key:
-            began = time.time()
+            began = time.monotonic()
             self.board.phase("judging")
             self.scored = key, score_answers([(self.dialogues[i], text) for i, text in zip(index, texts)], self.rubric, self.judge)
-            self.times["judge"] = time.time() - began
+            self.times["judge"] = time.monotonic() - began
         return self.scored[1]
 
     def reward_functions(self) -> list:
@@ -958,21 +1013,21 @@ class Rollouts:
 
     def record(self, step: int, inputs: list[dict], output: dict) -> None:
         """The step's rollouts with their scores and advantages, as the lines that `step_done` will write."""
-        rewards, G, every = self.scored[1], self.options.group_size, self.options.inspect_every
+        rewards, G, every = self.scored[1], self.trainer.num_generations, self.options.inspect_every
         texts, self.records = self.scored[0][0], []
         sampled = output.get("sampling_per_token_logps")
         self.trainer.inspecting = bool(every) and (step % every == 0 or step in (1, self.options.steps))
-        began, form, witness = time.time(), self.rubric.form, []
+        began, form, witness = time.monotonic(), self.rubric.form, []
         if self.judge and self.trainer.inspecting:
             witness = self.judge.held_out_scores([as_item(self.dialogues[row["index"]], find_span(text, form.reply) or "", form) for row, text in zip(inputs, texts)])
-        self.times["inspect"] = time.time() - began
+        self.times["inspect"] = time.monotonic() - began
         for i, reward in enumerate(rewards):
             dialogue = self.dialogues[inputs[i]["index"]]
             n = int(output["completion_mask"][i].sum())
             self.records.append({
                 "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "label": dialogue.label, "situation": dialogue.situation,
                 "messages": [{"role": role, "content": content} for role, content in dialogue.messages], "completion": texts[i], "tokens": n,
-                "truncated": n >= self.options.max_tokens, "problem": reward.problem, "refused": reward.refused, "components": reward.components, "criteria": reward.criteria,
+                "truncated": n >= self.trainer.max_completion_length, "problem": reward.problem, "refused": reward.refused, "components": reward.components, "criteria": reward.criteria,
                 "held_out": witness[i] if witness else None, "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
                 "logprob": float(sampled[i][:n].mean()) if sampled is not None else None, "logprob_after": None,
             })  # fmt: skip
@@ -982,7 +1037,7 @@ class Rollouts:
 
     def step_done(self, step: int) -> dict[str, float]:
         """The weights have moved: write the step down; of an inspected one, with the log-probs of the group that differed most."""
-        G, began, tokens = self.options.group_size, time.time(), []
+        G, began, tokens = self.trainer.num_generations, time.monotonic(), []
         if self.trainer.seen:
             groups = [self.records[i : i + G] for i in range(0, len(self.records), G)]
             g = max(range(len(groups)), key=lambda i: record.spread_of(groups[i]))
@@ -995,7 +1050,7 @@ class Rollouts:
         self.run.append("completions.jsonl", self.records)
         if tokens:
             self.run.append("tokens.jsonl", tokens)
-        return {"time/inspect": round(self.times["inspect"] + time.time() - began, 3)} if tokens else {}
+        return {"time/inspect": round(self.times["inspect"] + time.monotonic() - began, 3)} if tokens else {}
 
 
 def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
@@ -1016,9 +1071,11 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
             judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
             rubric, dropped = admit(rubric, result, options)
             judge.rubric = rubric
-        run = Run.create(out, "grpo", options, resume, parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
-                         hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
-        run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume)
+        facts = dict(parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
+                     hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
+        with Run.create(out, "grpo", options, resume, **facts) as run:
+            if not keep.already_done(run):
+                run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker)
     return run
 
 
@@ -1058,15 +1115,16 @@ def prompt_rows(dialogues: list[Dialogue], renderer: Renderer) -> list[dict[str,
     return [{"prompt": renderer.chat(d, len(d.messages)), "index": i} for i, d in enumerate(dialogues)]
 
 
-def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker, resume) -> None:
+def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker) -> None:
     from datasets import Dataset
 
     tokenizer = load_tokenizer(base)
     renderer = Renderer(tokenizer, rubric.form)
     G, P = options.group_size, options.prompts_per_step
-    micro, longest = options.answers_per_pass(), max(len(renderer.prompt(d)) for d in dialogues)
+    micro, (longest, where) = options.answers_per_pass(), max(((renderer.prompt(d), d.where) for d in dialogues), key=lambda pair: len(pair[0]))
+    check_fits(longest, where, base, options.max_tokens)
     weights = judge.weights_bytes() if judge else 0
-    run.update(memory_plan=plan_memory(base, bits, json.loads((adapter / "adapter_config.json").read_text())["r"], longest + micro * options.max_tokens, G, options.max_tokens, weights))
+    run.update(memory_plan=plan_memory(base, bits, read_adapter(adapter)[0]["r"], len(longest) + micro * options.max_tokens, G, options.max_tokens, weights))
     model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
@@ -1074,27 +1132,38 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()))
     board = live.Board("GRPO")
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run, board)
-    if rollout == "llama":
-        load_for_rollouts(worker, base.gguf(bits))
+    if rollout == "llama":  # once measured, the attention stays what it is: another one would draw other answers after a resume
+        run.update(fused_attention=load_for_rollouts(worker, base.gguf(bits), run.facts.get("fused_attention")))
     trainer_class = make_grpo_trainer_class()
     trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                             rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
-    rollouts.trainer = trainer
+    rollouts.trainer, trainer.longest = trainer, longest
     trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
     if trainer.hindrance:
         say(f"  the update takes TRL's own path, which computes the prompt once per answer ({engine}, {model.config.model_type}: {trainer.hindrance})")
+    checkpoint = climb(run, trainer, trainer.ladder)
     try:
-        finish(run, trainer, run.checkpoint() if resume else None, options.patience, rollouts.step_done, board)
+        keep.finish(run, trainer, checkpoint, options.patience, rollouts.step_done, board, closing=lambda: {"reward_trend": reward_trend(run)})
     finally:
         rollouts.lora.unlink(missing_ok=True)
-    run.update(reward_trend=reward_trend(run))
     say(trend_sentence(run.facts["reward_trend"]))
 
 
-def load_for_rollouts(worker: Worker, gguf: Path) -> None:
-    """The policy's base in the llama worker: all layers on the GPU, or none where there is no GPU."""
+def check_fits(longest: list[int], where: str, base: Base, max_tokens: int) -> None:
+    """A prompt that the model cannot hold is told before its memory is asked for."""
+    text = memory.read_config(base.directory)
+    room = text.get("text_config", text).get("max_position_embeddings")
+    if isinstance(room, int) and len(longest) + max_tokens > room:
+        raise UserError(f"{where}: its prompt of {len(longest):,} tokens with --max-tokens {max_tokens} is over the {room:,} that {base.name} can hold; shorten or remove the row, or lower --max-tokens")
+
+
+def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None) -> bool:
+    """The policy's base in the llama worker: all layers on the GPU, or none where there is no GPU. Returns which attention it
+    uses (`fused`: which one to use; None: what is faster here)."""
     gpu = memory.has_gpu()
-    worker.load("policy", gguf, -1 if gpu else 0, fused=not gpu and fused_attention(worker, gguf))
+    fused = not gpu and fused_attention(worker, gguf) if fused is None else fused
+    worker.load("policy", gguf, -1 if gpu else 0, fused=fused)
+    return fused
 
 
 def choose_rollout(rollout: str, base: Base) -> str:
@@ -1157,6 +1226,9 @@ class Answerer:
             return torch_answers(self.model, tokenizer, prompts, max_tokens, temperature, seed, at)
         load_for_rollouts(self.worker, self.gguf)
         self.worker.set_lora("policy", self.lora)
+        room, longest = self.worker.info["policy"]["n_ctx_train"], max(map(len, prompts))
+        if longest + max_tokens > room:
+            raise UserError(f"{self.name}: a prompt of {longest:,} tokens with --max-tokens {max_tokens} is over the {room:,} that it can hold")
         if show:
             return [llama_answer_streamed(self.worker, "policy", tokenizer, prompts[0], max_tokens, temperature, seed, show)]
         return llama_answers(self.worker, "policy", tokenizer, prompts, max_tokens, temperature, seed, at)
@@ -1173,10 +1245,11 @@ def other_form(source: Any, form: Form, rubric: Rubric) -> UserError:
 
 def lora_gguf(run: Run, base: Base) -> Path:
     """The run's adapter as GGUF, written once beside it."""
-    target = run.path / "adapter" / "adapter.gguf"
-    if not target.exists() or target.stat().st_mtime < (run.adapter / "adapter_model.safetensors").stat().st_mtime:
-        config, pairs = read_adapter(run.adapter)
-        gguf_io.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), target)
+    target = run.adapter / f"adapter-{file_hash(run.adapter)}.gguf"  # by what it is made of: clocks and copies say nothing about age
+    with made_once(cache_directory() / target.name):
+        if not target.exists():
+            config, pairs = read_adapter(run.adapter)
+            gguf_io.write_lora_gguf(config, pairs, json.loads((base.directory / "config.json").read_text()), target)
     return target
 
 
@@ -1193,10 +1266,10 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
                 raise other_form(source, answerer.renderer.form, rubric)
             if answerer.name in answers:
                 raise UserError(f"{source}: two models are called {answerer.name}; name each once")
-            began = time.time()
+            began = time.monotonic()
             with progress(f"answers of {answerer.name}", len(dialogues)) as at:
                 answers[answerer.name] = answerer.answer(dialogues, options.max_tokens, options.temperature, options.seed, at)
-            say(f"  {answerer.name}: {len(dialogues)} answers in {time.time() - began:.0f} s")
+            say(f"  {answerer.name}: {len(dialogues)} answers in {time.monotonic() - began:.0f} s")
         worker.unload("policy")
         judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
         scores = {name: score_answers(list(zip(dialogues, texts)), rubric, judge, whole_text=True) for name, texts in answers.items()}
@@ -1326,15 +1399,15 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
                 else:
                     say("  modelfile  left out: no GGUF passed its proof")
                 continue
-            began = time.time()
+            began = time.monotonic()
             for artefact in exporter.write(kind, worker.quantize):
                 row = measure(artefact, by, run, base, renderer, worker, options.max_tokens, dtype)
                 memory.release()
-                book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.time() - began, 1)})
+                book["formats"][artefact.name] = row = exporter.keep(artefact, {"format": kind, **row, "seconds": round(time.monotonic() - began, 1)})
                 exporter.save(book)  # what is done stays done if the rest is interrupted
                 told = f"KL {row['kl']:.1e}, {row['kept']:.0%} of the training kept" if row["kl"] is not None else row["why"]
                 say(f"  {artefact.name:<10} {row['bytes'] / 1e6:>7,.0f} MB  {told}, {row['verdict']}  {row['seconds']:.0f} s")
-                began = time.time()
+                began = time.monotonic()
         rescore(book, asked, rubric, judge, options, worker)
     exporter.save(book)
     write_json(run.path / "export.json", book)
@@ -1382,7 +1455,7 @@ def rescore(book: dict[str, Any], asked: list[Dialogue], rubric: Rubric, judge: 
 def chat_turn(answerer: Answerer, dialogue: Dialogue, said: str, max_tokens: int, temperature: float, seed: int, inner: bool = True) -> Dialogue:
     """One turn: inner spans dim on stderr, the reply on stdout, as they are drawn. Returns the longer dialogue."""
     form = answerer.renderer.form
-    said = form.marker.sub(" ", talk.CONTROL.sub(" ", said)).strip()
+    said = talk.harmless(said)
     dialogue = dataclasses.replace(dialogue, messages=(*dialogue.messages, ("user", said)))
     printer = talk.Printer(form, inner)
     answer = answerer.answer([dialogue], max_tokens, temperature, seed, show=printer.feed)[0]
@@ -1402,6 +1475,11 @@ def row_of(dialogue: Dialogue, form: Form) -> str:
 
 class OneLineErrors(click.Group):
     """Expected mistakes from any room become one line and exit 1; a bug keeps its traceback."""
+
+    def parse_args(self, ctx, args):
+        if odd := [arg for arg in args if any("\ud800" <= c <= "\udfff" for c in arg)]:  # bytes that are no UTF-8: they could be written nowhere
+            raise click.UsageError(f"{odd[0].encode(errors='replace').decode()}: not UTF-8; rename the file")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
         try:
@@ -1534,7 +1612,7 @@ def show_row(row: Dialogue, renderer: Renderer, max_length: int) -> None:
     for ids, labels in examples:
         for is_trained, run in itertools.groupby(zip(ids, labels or [-100] * len(ids)), key=lambda pair: pair[1] != -100):
             text = renderer.tokenizer.decode([token for token, _ in run])
-            click.echo(f"[[{talk.coloured(text, renderer.form)}]]" if is_trained else click.style(text, dim=True), nl=False)
+            click.echo(f"[[{talk.coloured(text, renderer.form)}]]" if is_trained else click.style(talk.CONTROL.sub(" ", text), dim=True), nl=False)
     click.echo()
 
 
@@ -1564,8 +1642,8 @@ def data_import(source: str, format_: str, out: Path | None, split: str, rubric:
     if len(result.files) > 1:
         for name, n in result.files.items():
             click.echo(f"  {n:>7} {name}")
-    for reason, n in result.skipped.items():
-        click.echo(f"skipped {n}: {reason}" + "".join(f"\n  {example}" for example in result.examples.get(reason, [])))
+    for why, n in result.skipped.items():
+        click.echo(f"skipped {n}: {why}" + "".join(f"\n  {example}" for example in result.examples.get(why, [])))
     if result.unmapped:
         click.echo("labels without a place among the emotions (add them as aliases in rubrics.yaml): " + ", ".join(f"{label} {n}" for label, n in result.unmapped.items()))
     if result.skipped_list:
@@ -1688,20 +1766,12 @@ def judge_score(file: Path, judge: str, judge_lora: str, judge_gpu_layers: int, 
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected JSONL rows with messages and response")
     rows, items, errors, criteria = [], [], [], load_rubric(rubric)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row, problem in json_lines(file):
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, escaped, is legal JSON but no text
             items.append(item_of(row, criteria.form))
             rows.append(row)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            errors.append(f"{file}:{number}: found {line[:60]!r} / expected {{messages: [{{role: user or assistant, content}}], response, persona?, situation?}}, all texts")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            errors.append(f"{file}:{number}: found {problem or record.brief(row)} / expected {{messages: [{{role: user or assistant, content}}], response, persona?, situation?}}, all texts")
     if errors or not rows:
         raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
     with Worker() as worker:
@@ -1834,7 +1904,7 @@ def chat(model: str, said: str | None, profile: str, situation: str, max_tokens:
     kardia_lite.py chat model.gguf --say "I passed!" --profile "Ana, 9, plays chess"
     """
     start(CommonOptions(), model)
-    dialogue = Dialogue(profile, "", "", situation, "", ())
+    dialogue = Dialogue(talk.harmless(profile), "", "", talk.harmless(situation), "", ())
     with Worker() as worker:
         answerer = Answerer(model, worker, load_rubric(rubric).form)
 
@@ -1861,10 +1931,10 @@ def demo(out: Path, seed: int) -> None:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; remove it or choose another --out")
     start(CommonOptions(), EMBEDDED)
-    began, peak = time.time(), memory.PeakSampler()
+    began, peak = time.monotonic(), memory.PeakSampler()
     with peak:
         run_demo(out, seed, began)
-    minutes = (time.time() - began) / 60
+    minutes = (time.monotonic() - began) / 60
     say(f"\n{minutes:.1f} minutes, peak memory of all processes {peak.peak:.1f} GB, on {machine()}")
     click.echo(out / "report.html")
 
@@ -1875,7 +1945,7 @@ def run_demo(out: Path, seed: int, began: float) -> None:
     def step(what: str, command: str) -> None:
         number[0] += 1
         memory.release()
-        click.echo(f"\n[{time.time() - began:4.0f} s] {number[0]}. {what}\n          {command}", err=True)
+        click.echo(f"\n[{time.monotonic() - began:4.0f} s] {number[0]}. {what}\n          {command}", err=True)
 
     sft_options = SFTOptions(seed=seed, **DEMO_SFT)
     grpo_options = GRPOOptions(seed=seed, **DEMO_GRPO)

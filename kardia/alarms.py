@@ -19,7 +19,7 @@ from statistics import NormalDist, stdev
 from typing import NamedTuple
 
 from kardia.guards import WORD
-from kardia.record import fixed, form_of, groups_of, is_grpo, mean_of, number, printable, quarters, rewards_of, series, spread_of
+from kardia.record import find_span, fixed, form_of, groups_of, is_grpo, mean_of, number, printable, quarters, rewards_of, series, spread_of
 
 ENOUGH = 8  # groups for an interval, as steps for quarters of two; under that Student's quantile is anybody's guess
 ROWS = 100  # replies for a correlation inside groups: of fewer it is off by more than 0.1, one time in three
@@ -90,14 +90,11 @@ def _names(names: Iterable) -> str:
 
 
 def _groups(rows: list[dict], reply: str) -> list[_Group]:
-    name = re.escape(reply)
-    span = re.compile(rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", re.DOTALL)
     found, out = groups_of(rows), []
     for step, _, samples in found:
         answers = []
         for row in samples:
-            match = span.search(str(row.get("completion") or ""))
-            text = match[1].strip().lower() if match else ""
+            text = (find_span(str(row.get("completion") or ""), reply) or "").lower()
             words, refused, scores = WORD.findall(text), row.get("refused"), (_scores(row.get(key)) for key in ("components", "criteria", "held_out"))
             answers.append(_Answer(text, words, refused == "speaks to the judge", bool(words) and not refused, next(scores).get("rubric"), *scores))
         told = [samples[0].get("person"), samples[0].get("situation"), *(_of(dict, turn).get("content") for turn in _of(list, samples[0].get("messages")))]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kardia import memory
-from kardia.base import quiet
+from kardia.base import quiet, strangers_files
 from kardia.llama import Worker
 from kardia.weights import Weights
 
@@ -18,7 +18,8 @@ def load_plain(directory: Path, dtype):
 
     quiet()
     fits = memory.on_gpu(Weights(directory).count() * dtype.itemsize)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if fits else None).eval()
+    with strangers_files(directory.name, "model"):
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": 0} if fits else None, use_safetensors=True, trust_remote_code=False).eval()
 
 
 def torch_logits(model, prompts: list[list[int]]):

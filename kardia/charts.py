@@ -11,7 +11,7 @@ import html
 import math
 from dataclasses import dataclass
 
-from kardia.record import fixed, groups_of, is_grpo, mean_of, number, series, split_spans
+from kardia.record import CONTROL, fixed, groups_of, is_grpo, mean_of, number, series, split_spans
 
 LOOKS = 6  # colours, and patterns of dashes; a seventh run looks like the first
 
@@ -20,7 +20,7 @@ LOOKS = 6  # colours, and patterns of dashes; a seventh run looks like the first
 
 def text(value, clip: int = 600) -> str:
     """Any value of a run as HTML text: the only way in."""
-    value = "" if value is None else str(value)
+    value = "" if value is None else CONTROL.sub(" ", str(value))
     return html.escape(value if len(value) <= clip else value[:clip].rstrip() + " […]")
 
 
@@ -70,7 +70,7 @@ def score_cell(entry: dict, mean="mean", *marks) -> str:
 
 def bars(scores: dict | None, means: dict, kind: str = "", held: dict | None = None) -> str:
     """One bar per score, with a tick at the group's mean and a ring at the score `held` has for it, where there are such."""
-    rows, others = "", held if isinstance(held, dict) else {}
+    rows, others = "", held or {}
     for name, value in (scores or {}).items():
         drawn = f'<i class=fill style="width:{place(value)}"></i>' + (f'<i class=tick style="left:{place(means[name])}"></i>' if name in means else "")
         drawn += f'<i class=ring style="left:{place(others[name])}"></i>' if number(others.get(name)) is not None else ""
@@ -137,7 +137,8 @@ def smooth(units: list[tuple[float, float]]) -> list[tuple[float, float, float |
 
 def ticks(low: float, high: float) -> list[float]:
     """Round values, about four, the first at or below `low` and the last at or above `high`."""
-    raw = ((high - low) or abs(high) * 0.1 or 1.0) / 3
+    size = max(abs(low), abs(high))
+    raw = max(high - low if high - low > 1e-9 * size else 0.1 * size or 1.0, 1e-9) / 3
     base = 10.0 ** math.floor(math.log10(raw))
     step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -288,7 +289,7 @@ def _reward_curves(runs: list[tuple[str, str, dict]]) -> str:
     blocks, rings = [("", chart("Total reward", [_scored(*run, "", "reward", "reward") for run in runs], wide=True))], False
     for kind, prefix, suffix, title in (("components", "rewards/", "/mean", "Reward components"), ("criteria", "criteria/", "", "Criteria of the rubric, as the judge scores them")):
         found = dict.fromkeys(name for *_, run in runs for name in [*logged_names(run["log"], prefix, suffix), *(n for row in run["completions"] for n in row.get(kind) or {})])
-        curves = {name: [_scored(*run, kind, name, f"{prefix}{name}{suffix}") for run in runs] for name in found}
+        curves = {name: [_scored(*run, kind, name, f"{prefix}{name}{suffix}") for run in runs] for name in list(found)[:50]}  # a rubric has a handful
         blocks.append((title, "".join(chart(name, each, unit_scale=True) for name, each in curves.items())))
         rings = rings or any(curve.rings for each in curves.values() for curve in each)
     told = ["The band is the line's 95% interval; a group of replies counts once, because it shares a prompt."] if any(run["completions"] for *_, run in runs) else []
@@ -330,8 +331,8 @@ def cards_row(cards: list[str], label: str) -> str:
 
 def moves(row: dict) -> list[tuple[str, float | None, float | None]]:
     """[(token, log-prob before, after)] of a line of tokens.jsonl."""
-    tokens, before, after = (value if isinstance(value, list) else [] for value in (row.get(key) for key in ("tokens", "before", "after")))
-    return [(str(token), number(a), number(b)) for token, a, b in zip(tokens, before, after)]
+    columns = (row.get(key, []) for key in ("tokens", "before", "after"))
+    return [(str(token), number(a), number(b)) for token, a, b in zip(*columns)]
 
 
 def strength(rows: list[dict]) -> float:

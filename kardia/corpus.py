@@ -16,7 +16,7 @@ from hashlib import blake2b
 from statistics import mean, median
 from typing import Any
 
-from kardia.record import SPAN
+from kardia.record import split_spans
 
 RUN = 5  # words in a shingle
 SKETCH = 128  # hashes kept per text: shorter texts are compared exactly, longer ones to about 0.04
@@ -141,7 +141,7 @@ def describe(rows: Sequence[Any], labels: Sequence[str], named: str = "emotion")
     for row in rows:
         for role, content in row.messages:
             if role == "assistant":
-                for name, text in SPAN.findall(content):
+                for name, text in split_spans(content):
                     spans[name].append(text)
     lengths = {name: [len(text.split()) for text in texts] for name, texts in spans.items() if name != named}
     if lengths:
@@ -150,7 +150,7 @@ def describe(rows: Sequence[Any], labels: Sequence[str], named: str = "emotion")
         opening, n = Counter(" ".join(words(text)[:4]) for text in spans[name]).most_common(1)[0]
         if n > max(2, 0.02 * len(spans[name])):
             out.append(f"warning: {n} of {len(spans[name])} {name} spans begin with {opening!r}; a model will learn the phrase, not the person")
-    other = sum(text.strip() != row.label for row in rows for role, content in row.messages if role == "assistant" for name, text in SPAN.findall(content) if name == named)
+    other = sum(text.strip() != row.label for row in rows for role, content in row.messages if role == "assistant" for name, text in split_spans(content) if name == named)
     if other:
         out.append(f"note: {other} of {len(spans[named])} answers name another {named} than their row (fine where it changes; the {named} reward wants the row's)")
     return out

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kardia.corpus import NO_PROFILE
+from kardia.record import brief
 
 FORMATS = ("kardiabench", "empatheticdialogues", "esconv")
 HUB_IDS = ("Jhcircle/KardiaBench", "Jhcircle/KadiaBench")  # published under both spellings
@@ -69,7 +70,7 @@ class _Skip(Exception):
 
     def __init__(self, reason: str, detail: object = "", label: str | None = None):
         super().__init__(reason)
-        self.reason, self.detail, self.label = reason, _one_line(detail), label
+        self.reason, self.detail, self.label = reason, brief(detail, 100), label
 
 
 class _Meter:
@@ -83,13 +84,6 @@ class _Meter:
         if self.progress and (now or done - self.told >= PROGRESS_EVERY):
             self.told = done
             self.progress(done, self.total)
-
-
-def _one_line(value: object, limit: int = 100) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text[: 4 * limit].split())
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 # ---------------------------------------------------------------- import
@@ -106,7 +100,7 @@ def import_dataset(
     they were. Raises ImportProblem, one line, for whatever the user can mend.
     """
     if format not in FORMATS:
-        raise ImportProblem(f"unknown format {_one_line(format)!r}: use one of {', '.join(FORMATS)}")
+        raise ImportProblem(f"unknown format {brief(format, 100)!r}: use one of {', '.join(FORMATS)}")
     target = Path(target)
     skipped = target.with_name(f"{target.name}.skipped.txt")
     temporary, temporary_skipped = (path.with_name(f".{path.name}.part") for path in (target, skipped))
@@ -138,7 +132,7 @@ def import_dataset(
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
     except OSError as error:
-        raise ImportProblem(f"{error.filename or source}: {error.strerror or _one_line(str(error))}") from error
+        raise ImportProblem(f"{error.filename or source}: {error.strerror or brief(str(error), 100)}") from error
     meter.at(0, now=True)
     return report
 
@@ -198,7 +192,7 @@ def _locate(source: str | Path, format: str, split: str) -> list[Path]:
             names = [hit.name for hit in found]
             found = [hit for hit in found if split.lower() in hit.name.lower()]
             if not found:
-                raise ImportProblem(f"{path}: no file with {split!r} in its name (there are {_one_line(', '.join(names))}): choose another --split, or all")
+                raise ImportProblem(f"{path}: no file with {split!r} in its name (there are {brief(', '.join(names), 100)}): choose another --split, or all")
     if not found:
         raise ImportProblem(f"{path}: no {' or '.join(WANTED[format])} in this directory")
     for hit in found:
@@ -232,7 +226,7 @@ def _download(name: str) -> Path:
         steps = "offline mode is on (HF_HUB_OFFLINE): unset it and try again"
     else:
         cause = failure.__cause__ or failure
-        steps = f"cannot be downloaded ({type(cause).__name__}: {_one_line(str(cause), 80)}): check the network and try again"
+        steps = f"cannot be downloaded ({type(cause).__name__}: {brief(str(cause), 80)}): check the network and try again"
     raise ImportProblem(f"{spelling}: {steps}, {otherwise}") from failure
 
 
@@ -312,7 +306,7 @@ def _array(path: Path, meter: _Meter) -> Iterator[tuple[int, Any]]:
                         line, pos, allowed = line + text.count("\n", pos, end), end, ",]"
                         continue
                 except (ValueError, RecursionError) as error:
-                    flaw, at = f"{_one_line(getattr(error, 'msg', str(error)))}; {flaw}", getattr(error, "pos", pos)
+                    flaw, at = f"{brief(getattr(error, 'msg', str(error)), 100)}; {flaw}", getattr(error, "pos", pos)
             elif mark:
                 if mark not in allowed:
                     raise ImportProblem(f"{path}:{line}: expected {' or '.join(allowed) or 'the end'} of the JSON list, found {mark}")
@@ -346,7 +340,7 @@ def _parquet(path: Path, meter: _Meter) -> Iterator[tuple[int, Any]]:
                         yield number, record
                     meter.at(size * number // total)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ImportProblem(f"{path}: not a readable parquet file ({_one_line(str(error))})") from error
+        raise ImportProblem(f"{path}: not a readable parquet file ({brief(str(error), 100)})") from error
 
 
 def _conversations(path: Path, meter: _Meter) -> Iterator[tuple[int, Any]]:
@@ -358,13 +352,13 @@ def _conversations(path: Path, meter: _Meter) -> Iterator[tuple[int, Any]]:
     lines = _lines(path, meter)
     header = next(lines, (1, ""))[1]
     if header.strip() != CSV_HEADER:
-        raise ImportProblem(f"{path}:1: expected header {CSV_HEADER}, found {_one_line(header) or 'nothing'}")
+        raise ImportProblem(f"{path}:1: expected header {CSV_HEADER}, found {brief(header, 100) or 'nothing'}")
     current, start, record = None, 0, {}
     for number, text in lines:
         if not text.strip():
             continue
         fields = [part.replace("_comma_", ",").strip() for part in text.split(",")]
-        if len(fields) < 7 or not fields[1].isdecimal():
+        if len(fields) < 7 or not fields[1].isdecimal() or len(fields[1]) > 9:
             yield number, _Skip("malformed line", f"expected 7 or more fields with a number second, found {text}")
             continue
         if fields[0] != current:
@@ -385,14 +379,14 @@ def _text(record: dict, key: str, optional: bool = False) -> str:
     value = record.get(key)
     text = value.strip() if isinstance(value, str) else ""
     if not text and not optional:
-        raise _Skip(f"{key} missing or not text", f"found {value!r}")
+        raise _Skip(f"{key} missing or not text", f"found {brief(value)}")
     return text
 
 
 def _label(label: str, emotions: dict[str, str], what: str = "emotion") -> str:
     known = label.strip().lower().rstrip(".!").strip()
     if known not in emotions:
-        raise _Skip(f"{what} has no known label", label, _one_line(known, 60))
+        raise _Skip(f"{what} has no known label", label, brief(known))
     return emotions[known]
 
 
@@ -432,7 +426,7 @@ def _kardia_row(record: dict, emotions: dict[str, str]) -> dict:
         turns = turns[1:]  # our renderer writes its own
     roles = [turn.get("role") for turn in turns]
     if not roles or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
-        raise _Skip("turns do not alternate user, assistant", f"found {roles}")
+        raise _Skip("turns do not alternate user, assistant", f"found {brief(roles)}")
     messages = []
     for number, turn in enumerate(turns, 1):
         content = _text(turn, "content")

@@ -13,6 +13,7 @@ from pathlib import Path
 from kardia.record import ReportError, advantages_of, fixed, form_of, groups_of, number, parts_of, printable, read_run, rewards_of, split_spans, spread_of, why_pushed
 
 WIDTH = 100  # columns
+MOST = 256  # samples of a group: a page of text for each
 
 
 def _say(label: str, text, clip: int = 100_000) -> list[str]:
@@ -78,7 +79,7 @@ def _quoted(token: str) -> str:
 
 def _moves(row: dict) -> list[tuple[str, float, float]]:
     """[(token, log-prob before, after)] of one line of tokens.jsonl; what is damaged is left out."""
-    columns = [row.get(key) if isinstance(row.get(key), list) else [] for key in ("tokens", "before", "after")]
+    columns = (row.get(key, []) for key in ("tokens", "before", "after"))
     return [(str(token), number(before), number(after)) for token, before, after in zip(*columns) if number(before) is not None and number(after) is not None]
 
 
@@ -90,6 +91,7 @@ def _tokens_by_hand(samples: list[dict], traced: dict, logged: dict, most: int =
         return []
     everything = [(token, a - b, advantage) for advantage, _, moves in known for token, b, a in moves]
     epsilon, n = number(next(iter(traced.values())).get("epsilon")) or 0.2, len(everything)
+    epsilon = epsilon if 0 < epsilon < 1 else 0.2
     lines = ["", "TOKENS: log-prob before the step -> after it, ratio r = exp(after - before)"]
     chosen = [max(known, key=lambda row: row[0]), min(known, key=lambda row: row[0])]
     for advantage, sample, moves in chosen[: 1 if chosen[0] is chosen[1] else 2]:
@@ -207,10 +209,12 @@ def explain(run: Path, step: int | None = None) -> str:
         raise ReportError(f"{run}: no completions recorded; explain needs the directory of a GRPO run")
     found = [group for group in groups if step in (None, group[0])]
     if not found:
-        raise ReportError(f"{run}: no step {step} in completions.jsonl; it has {_ranges(sorted({s for s, _, _ in groups}))}")
+        raise ReportError(f"{run}: no step {step} in completions.jsonl; it has {_ranges({s for s, _, _ in groups})}")
     recorded = {(number(row.get("step")), number(row.get("group"))) for row in data["tokens"]}  # whose tokens can be told of as well
     told = [group for group in found if group[:2] in recorded] or found
     number_, group, samples = max(told, key=lambda item: spread_of(item[2])) if step is None or told is not found else told[0]
+    if len(samples) > MOST:
+        raise ReportError(f"{run}: step {number_} has a group of {len(samples)} samples; explain works through {MOST} at most")
     why = "of the step" if step is not None else f"the widest spread of rewards in {len(told)} {'inspected ' * (told is not found)}groups"
     lines = [f"STEP {number_}, GROUP {group}: {len(samples)} samples ({why})", "", "PROMPT"]
     label = form_of(data)["label"]
@@ -227,12 +231,12 @@ def explain(run: Path, step: int | None = None) -> str:
     traced = {number(row.get("sample")): row for row in data["tokens"] if (row.get("step"), row.get("group")) == (number_, group)}
     logged = next((row for row in reversed(data["log"]) if row.get("step") == number_), {})
     tokens = _tokens_by_hand(samples, traced, logged)
-    if not tokens and (steps := sorted({int(row["step"]) for row in data["tokens"] if number(row.get("step")) is not None})):
+    if not tokens and (steps := {int(row["step"]) for row in data["tokens"] if number(row.get("step")) is not None}):
         tokens = ["", f"TOKENS were recorded of other steps: {_ranges(steps)}"]
     return "\n".join(lines + _group_by_hand(samples) + tokens) + "\n"
 
 
-def _ranges(steps: list[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7"."""
-    pairs = zip([s for s in steps if s - 1 not in steps], [s for s in steps if s + 1 not in steps])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in pairs)
+def _ranges(steps: set[int], most: int = 20) -> str:
+    """{1, 2, 3, 7} -> "1-3, 7"; of more than `most` stretches the first."""
+    pairs = list(zip(sorted(s for s in steps if s - 1 not in steps), sorted(s for s in steps if s + 1 not in steps)))
+    return ", ".join([f"{a}-{b}" if b > a else str(a) for a, b in pairs[:most]] + ["..."] * (len(pairs) > most))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kardia import clients, gguf_io
+from kardia.record import brief
 from kardia.runs import file_hash, write_text
-from kardia.weights import ExportError, Weights, atomic, read_gguf, reason, write_merged
+from kardia.weights import ExportError, Weights, atomic, read_gguf, small_json, write_merged
 
 FORMATS = ("merged", "lora", "modelfile")  # and every type of GGUF
 LOW_BIT = re.compile(r"(iq|tq|q|mxfp|nvfp)[1-4]")  # of 4 bits or fewer
@@ -131,8 +132,10 @@ class Exporter:
     def _peft(self) -> Path:
         """The adapter as it is, naming its base by its hub id, or else by the directory where it lies."""
         path = self.work / "lora"
-        shutil.copytree(self.adapter, path, ignore=shutil.ignore_patterns("*.gguf"))
+        path.mkdir()
         config = path / "adapter_config.json"
+        for name in ("adapter_model.safetensors", config.name):  # whatever else lies there is not ours to pass on
+            shutil.copyfile(self.adapter / name, path / name)
         facts = json.loads(config.read_text(encoding="utf-8"))
         config.write_text(json.dumps({**facts, "base_model_name_or_path": self.base.name if "/" in self.base.name else str(self.base.directory.absolute())}, indent=2) + "\n", encoding="utf-8")
         return path
@@ -216,17 +219,46 @@ def book_of(target: Path, identity: dict) -> dict:
     if target.is_file():
         raise ExportError(f"{target}: a file of that name exists; choose another --to")
     if path.is_file():
-        try:
-            book = json.loads(path.read_text(encoding="utf-8"))
-            same = {key: book["identity"].get(key) for key in identity} == identity
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ExportError(f"{path}: damaged ({reason(error)}); choose another --to") from error
+        book = small_json(path, 64 << 20)
+        if wrong := _wrong(book):
+            raise ExportError(f"{path}: damaged ({wrong}); choose another --to")
+        same = {key: book["identity"].get(key) for key in identity} == identity
         if not same:
-            raise ExportError(f"{target}: holds the export of another run or with other settings ({book.get('run')}); choose another --to")
+            raise ExportError(f"{target}: holds the export of another run or with other settings ({brief(book.get('run'))}); choose another --to")
         return book
     if target.is_dir() and (others := sorted(p.name for p in target.iterdir() if p.name != ".part")):
         raise ExportError(f"{target}: exists already and is not an export of this run ({others[0]}); choose another --to")
     return {"identity": identity, "formats": {}}
+
+
+KINDS = {"format": str, "ok": bool, "why": str, "loader": str, "bytes": int, "verdict": str}  # of an entry, beside `file`
+NUMBERS = ("kl", "kl_base", "kept", "agreement", "valid", "rubric", "same_tokens", "kl_on_template")
+
+
+def _wrong(book) -> str | None:
+    """What of an export.json cannot be, in a few words. A `file` is a plain name: nothing leads out of the directory."""
+    if not isinstance(book, dict) or not isinstance(book.get("identity"), dict) or not isinstance(book.get("formats"), dict):
+        return "identity and formats are needed"
+    for name, entry in book["formats"].items():
+        if not re.fullmatch(r"\w[\w ]{0,30}", name) or not isinstance(entry, dict):
+            return f"{brief(name)} = {brief(entry)}"
+        if odd := [key for key, kind in KINDS.items() if not isinstance(entry.get(key), kind)]:
+            return f"{name}.{odd[0]} = {brief(entry.get(odd[0]))}"
+        if entry["verdict"] not in ("ok", "noisy", "lost", "text") or not isinstance(entry.get("file"), str) or not re.fullmatch(r"[\w-][\w.-]{0,250}", entry["file"]):
+            return f"{name}: {brief(entry['verdict'])} of the file {brief(entry.get('file'))}"
+        if odd := _odd_numbers(entry):
+            return f"{name}.{odd} = {brief(entry.get(odd))}"
+    if odd := "" if book.get("trained") is None else "answers" if not isinstance(book["trained"], dict) else _odd_numbers(book["trained"]):
+        return f"trained.{odd}"
+    return None
+
+
+def _odd_numbers(record: dict) -> str | None:
+    """A key whose value is no number, though it must be one, or must be because another is there."""
+    known = {key: value for key in NUMBERS if (value := record.get(key)) is not None}
+    odd = [key for key, value in known.items() if not isinstance(value, (int, float)) or abs(value) >= 1e15]
+    odd += [key for one, others in (("kl", ("kl_base", "kept", "agreement")), ("rubric", ("valid",)), ("kl_on_template", ("kl_base",))) if one in known for key in others if key not in known]
+    return odd[0] if odd else None
 
 
 # ---------------------------------------------------------------------------------- proof

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kardia.gguf_tokenizer import import_tokenizer
+from kardia.record import brief
 from kardia.weights import ExportError, Weights, add_compatibility_keys, atomic, gguf_value, lora_scale, read_gguf, reason
 
 # architecture in config.json -> (architecture in GGUF, are q/k rows permuted for GGUF's rotary layout, norm stored as weight + 1)
@@ -27,6 +28,7 @@ ARCHITECTURES = {
     "gemma2": ("gemma2", False, True),
     "gemma3_text": ("gemma3", False, True),
 }
+HEAD = {"llama": "rope.dimension_count", "qwen2": "", "qwen3": "", "gemma2": "attention.key_length", "gemma3": "attention.key_length"}  # where transformers reads a head's size, in GGUF's names
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # the others by llama.cpp's quantizer
 NEEDS_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")  # llama.cpp refuses them without calibration data
 
@@ -104,16 +106,16 @@ def gguf_tensors(weights: Weights) -> dict[str, Callable]:
 def check_template(template: Path, weights: Weights) -> None:
     """Raises ExportError unless the GGUF `template` is of the same model: architecture, layers, width, vocabulary, names of tensors."""
     reader, config = read_gguf(template), weights.config
-    if (gguf_value(reader, "split.count") or 1) > 1:
+    if gguf_value(reader, "split.count") not in (None, 0, 1):
         raise ExportError(f"{template}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
     architecture, wanted = gguf_value(reader, "general.architecture"), architecture_of(config, str(weights.directory))[0]
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
-    rows = int(embedding.shape[1]) if embedding is not None else None
+    rows = int(embedding.shape[1]) if embedding is not None and len(embedding.shape) > 1 else None
     theirs = architecture, gguf_value(reader, f"{architecture}.block_count"), gguf_value(reader, f"{architecture}.embedding_length"), rows
     embed = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
     ours = wanted, config["num_hidden_layers"], config["hidden_size"], weights.shape(embed)[0] if embed else None
     if theirs != ours:
-        told = ["{} of {} layers x {}, {} tokens".format(*facts) for facts in (theirs, ours)]
+        told = ["{} of {} layers x {}, {} tokens".format(*map(brief, facts)) for facts in (theirs, ours)]
         raise ExportError(f"{template}: a {told[0]}; the model is a {told[1]}: give a GGUF of the same model, of any type")
     _complete(template, {tensor.name for tensor in reader.tensors}, gguf_tensors(weights))
 
@@ -275,16 +277,21 @@ def import_gguf(source: Path, target: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    check_sizes(source)
     tokenizer = import_tokenizer(source)
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, output_loading_info=True)
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.rope_parameters = _rope(source, model.config)
+    except ExportError:
+        raise
+    except Exception as error:  # a stranger's file in a stranger's library
         raise ExportError(f"{source}: transformers cannot import this GGUF ({reason(error)}); give the model's Hugging Face directory") from error
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.rope_parameters = _rope(source, model.config)
+    if left := sorted(loaded["missing_keys"]):  # transformers would leave random weights there
+        raise ExportError(f"{source}: the GGUF lacks {brief(left[0])}; give a whole one, or the model's Hugging Face directory")
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     temporary = atomic(target)
     try:
@@ -297,6 +304,36 @@ def import_gguf(source: Path, target: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def check_sizes(source: Path) -> None:
+    """Raises ExportError unless the header's sizes are those of the tensors: transformers builds what the header says, however large."""
+    reader = read_gguf(source)
+    architecture = gguf_value(reader, "general.architecture")
+    if not isinstance(architecture, str):
+        raise ExportError(f"{source}: damaged GGUF (general.architecture is {brief(architecture)})")
+    shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
+    size = lambda name, side: shapes[name][side] if len(shapes.get(name, ())) > side else None  # noqa: E731
+    said = {key.removeprefix(f"{architecture}."): gguf_value(reader, key) for key in reader.fields if key.startswith(f"{architecture}.")}
+    if odd := [key for key, value in said.items() if isinstance(value, int) and not 0 <= value <= 1 << 24]:
+        raise ExportError(f"{source}: damaged GGUF ({brief(odd[0])} is {said[odd[0]]})")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    found = {
+        "block_count": len(blocks) if blocks == {str(i) for i in range(len(blocks))} else None, "embedding_length": size("token_embd.weight", 0), "vocab_size": size("token_embd.weight", 1),
+        "feed_forward_length": size("blk.0.ffn_down.weight", 0), "expert_count": size("blk.0.ffn_down_exps.weight", 2), "context_length": size("position_embd.weight", 1),
+    }  # fmt: skip
+    facts = [(key, said[key], number) for key, number in found.items() if key in said and (number is not None or key in ("block_count", "embedding_length", "vocab_size") or key == "expert_count" and said[key])]
+    facts += [("tokenizer.ggml.tokens", len(tokens.data), found["vocab_size"])] if tokens is not None else []
+    heads, width = said.get("attention.head_count"), said.get("embedding_length")
+    if architecture in HEAD and isinstance(heads, int) and isinstance(width, int):
+        dimension = said.get(HEAD[architecture]) or (128 if architecture == "qwen3" else width // max(heads, 1))
+        for letter, key in (("q", "attention.head_count"), ("k", "attention.head_count_kv")):
+            rows, count = size(f"blk.0.attn_{letter}.weight", 1), said.get(key, heads)
+            facts += [(f"{key} x {dimension}", count * dimension if isinstance(count, int) and isinstance(dimension, int) else count, rows)]
+    if wrong := [fact for fact in facts if isinstance(fact[1], list) or fact[1] != fact[2]]:
+        key, value, number = wrong[0]
+        raise ExportError(f"{source}: damaged GGUF (its header says {brief(key)} {brief(value)}, its tensors {brief(number)})")
 
 
 def _rope(source: Path, config) -> dict:

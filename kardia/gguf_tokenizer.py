@@ -93,6 +93,8 @@ def _sentencepiece(field: Field):
 
     tokens, scores, kinds = field("ggml.tokens"), field("ggml.scores"), field("ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    if (longest := max(map(len, tokens))) > 512:  # each is cut at every place
+        raise ValueError(f"a token of {longest:,} characters")
     pairs = [
         (-scores[i], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
         for i, piece in enumerate(tokens) if kinds[i] == NORMAL

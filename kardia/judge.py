@@ -25,6 +25,7 @@ from pathlib import Path
 from kardia.corpus import NO_PROFILE
 from kardia.guards import guard
 from kardia.llama import LlamaError, Worker, logsumexp, sigmoid
+from kardia.templates import render_template
 
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
@@ -46,6 +47,11 @@ class Item:
     def said(self) -> list[str]:
         """The person's own turns."""
         return [text for role, text in self.messages if role == "user"]
+
+    @property
+    def known(self) -> list[str]:
+        """What else stands before the reply."""
+        return [self.person, self.situation]
 
     @property
     def context(self) -> str:
@@ -161,7 +167,7 @@ class Judge:
         known = self.cache.get(list(keys.values())) if keys else {}
         groups: dict[str, list[int]] = {}
         for i, item in enumerate(items):
-            if guarded and guard(item.reply, item.said):
+            if guarded and guard(item.reply, item.said, item.known):
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
             elif keys and all(keys[i, c.name, m] in known for c, m in wanted):
                 results[i] = {(c.name, m): known[keys[i, c.name, m]] for c, m in wanted}
@@ -259,23 +265,6 @@ class Judge:
         """The same replies asked for in the words that are never rewarded: {criterion: 0..1}, None where the judge cannot tell."""
         asked = [(c, HELD_OUT) for c in self.rubric.criteria if c.name in self.other_words]
         return [{name: x if x is None else 0.0 if x == KNOWN_BAD else self.other_words[name](x) for (name, _), x in row.items()} for row in self.numbers(items, asked)] if asked else []
-
-
-def render_template(template: str, messages: list[dict[str, str]], bos: str, eos: str) -> str:
-    """A GGUF's chat template, rendered in Jinja's sandbox (it is a stranger's program). Thinking is closed before the score."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals.update(raise_exception=refuse)
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, enable_thinking=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise LlamaError(f"the judge's chat template cannot be rendered ({str(error).splitlines()[0]})") from error
 
 
 def weighted(scores: dict[str, float | None], weights: dict[str, float]) -> float | None:

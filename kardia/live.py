@@ -18,6 +18,9 @@ from kardia import alarms, memory, record, runs
 from kardia.runs import Run, UserError, say
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a batch system sends before it kills
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number per step. `shape` formats it; `side`: left on the board (what is learned) or right (how the run fares)."""
@@ -109,12 +112,12 @@ class Board:
         self.courses: dict[str, list[float]] = {}
         self.total = self.done = self.first = 0
         self.doing, self.said, self.live = "", "", None
-        self.began = self.told = time.time()
+        self.began = self.told = time.monotonic()
 
     def begin(self, total: int, first: int) -> None:
         from rich.live import Live
 
-        self.total, self.done, self.first, self.began = total, first, first, time.time()
+        self.total, self.done, self.first, self.began = total, first, first, time.monotonic()
         if not self.plain:
             self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=False)
             self.live.start()
@@ -130,7 +133,7 @@ class Board:
     @property
     def left(self) -> float:
         """Seconds to go, by the mean of the steps of this process."""
-        return (time.time() - self.began) / max(1, self.done - self.first) * (self.total - self.done)
+        return (time.monotonic() - self.began) / max(1, self.done - self.first) * (self.total - self.done)
 
     def phase(self, what: str, done: int = 0, of: int = 0) -> None:
         self.doing = f"{what} {done}/{of}" if of else what
@@ -148,8 +151,8 @@ class Board:
         """One answer of the step, on a single line; in a plain log at most one a minute."""
         clean = " ".join(record.printable(text).split())
         self.said = f"reward {reward:.2f}: {clean}" if reward is not None else clean
-        if self.plain and clean and time.time() - self.told > every:
-            self.told = time.time()
+        if self.plain and clean and time.monotonic() - self.told > every:
+            self.told = time.monotonic()
             say(f"  it says ({self.said[:160]}{'..' if len(self.said) > 160 else ''})")
 
     def render(self):
@@ -160,7 +163,7 @@ class Board:
         from rich.text import Text
 
         head = Table.grid(padding=(0, 2))
-        elapsed, left = clock(time.time() - self.began), clock(self.left) if self.done > self.first else "?"
+        elapsed, left = clock(time.monotonic() - self.began), clock(self.left) if self.done > self.first else "?"
         head.add_row(Text(self.title, style="bold"), ProgressBar(self.total, self.done, width=24), f"step {self.done}/{self.total}", f"{elapsed} gone, {left} left", Text(self.doing, style="cyan"))
         sides = {"left": Table.grid(padding=(0, 1)), "right": Table.grid(padding=(0, 1))}
         for key in self._ordered():
@@ -193,23 +196,30 @@ def log_row(step: int, logs: dict[str, Any], seconds: float, tokens: float | Non
 
 
 def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int], dict] = lambda step: {}):
-    """A TrainerCallback: one line per step to log.jsonl and to the board. Ctrl-C saves a checkpoint, then stops; so does GRPO
+    """A TrainerCallback: one line per step to log.jsonl and to the board. Ctrl-C (or SIGTERM) saves a checkpoint, then stops; so does GRPO
     after `patience` steps in which no group had two different rewards (`stuck`). `step_done(step)` is called once the weights
-    have moved and may add to the step's record. Alarms (kardia/alarms.py) are raised, each once, whenever a checkpoint was saved."""
+    have moved and may add to the step's record. Alarms (kardia/alarms.py) are raised, each once, when a checkpoint was saved and the run
+    has grown by a fifth since the last look."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
         def __init__(self) -> None:
-            self.stopping, self.idle, self.stuck, self.more = False, 0, False, {}
-            self.last, self.tokens, self.told = time.time(), None, set()
+            self.stopping, self.idle, self.stuck, self.more, self.looked = False, 0, False, {}, 0
+            self.last, self.tokens, self.told = time.monotonic(), None, set()
+            self.tokens_before: float | None = 0  # seen before this process began
 
         def on_train_begin(self, args, state, control, **_):
-            self.last, self.tokens = time.time(), 0 if state.global_step == 0 else None
+            self.last, self.tokens = time.monotonic(), self.tokens_before
             board.begin(state.max_steps, state.global_step)
             try:
-                signal.signal(signal.SIGINT, self.interrupt)
+                for number in STOPS:
+                    signal.signal(number, self.interrupt)
             except ValueError:  # not in the main thread: Ctrl-C is somebody else's business
                 pass
+
+        def discount(self, seconds: float) -> None:
+            """Time that belongs to no step."""
+            self.last += seconds
 
         def on_train_end(self, args, state, control, **_):
             board.end()
@@ -235,17 +245,19 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
         def on_log(self, args, state, control, logs=None, **_):
             if "train_runtime" in (logs or {}) or not logs:
                 return
-            now = time.time()
+            now = time.monotonic()
             row = log_row(state.global_step, {**logs, **self.more}, now - self.last, self.tokens)
             self.last, self.tokens = now, row.get("num_tokens")
             run.append("log.jsonl", [row])
             board.step(row)
-            self.idle = self.idle + 1 if row.get("frac_reward_zero_std") == 1 else 0
+            self.idle = idle_steps([row], self.idle)
             if patience and self.idle >= patience:
                 self.stuck = control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **_):
-            self.warn()
+            if state.global_step >= 1.2 * self.looked:  # reading a long run back takes its time: the longer it is, the rarer
+                self.looked = state.global_step
+                self.warn()
 
         def warn(self) -> None:
             for alarm in alarms.check(record.read_run(run.path)):
@@ -254,6 +266,13 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
                     say(f"  ! {alarm.text}")
 
     return Recorder()
+
+
+def idle_steps(rows: list[dict[str, Any]], before: int = 0) -> int:
+    """How many steps in a row, the last one included, had no group with two different rewards."""
+    for row in rows:
+        before = before + 1 if row.get("frac_reward_zero_std") == 1 else 0
+    return before
 
 
 def diagnosis(run: Run, steps: int) -> str:

@@ -29,10 +29,15 @@ from pathlib import Path
 from typing import Any
 
 MAX_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
+MOST = 1 << 21  # strings in a GGUF's vocabulary: eight times the largest there is
 
 
 class LlamaError(RuntimeError):
     """Something the user can mend (a broken file, a prompt that does not fit): one line, no traceback."""
+
+
+class LlamaOutOfMemory(LlamaError):
+    """The worker found no memory, or died of the lack of it."""
 
 
 def check_gguf(path: str | Path) -> Path:
@@ -40,16 +45,17 @@ def check_gguf(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise LlamaError(f"{path}: no such GGUF file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        if magic != b"GGUF":
-            raise LlamaError(f"{path}: not a GGUF file (it begins with {magic!r}, a GGUF begins with b'GGUF')")
-        try:
+    try:
+        with open(path, "rb") as file:
+            magic, size = file.read(4), path.stat().st_size
+            if magic != b"GGUF":
+                raise LlamaError(f"{path}: not a GGUF file (it begins with {magic!r}, a GGUF begins with b'GGUF')")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 tensors, end = _extent(data)
-        except (struct.error, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-            raise LlamaError(f"{path}: truncated GGUF or a damaged one ({type(error).__name__}: {error}); download it again") from error
+    except OSError as error:
+        raise LlamaError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise LlamaError(f"{path}: truncated GGUF or a damaged one ({type(error).__name__}: {str(error)[:100]}); download it again") from error
     if not tensors:
         raise LlamaError(f"{path}: this GGUF holds no tensors (a vocabulary only?); give a model's GGUF")
     if end > size:
@@ -84,29 +90,35 @@ def _extent(data) -> tuple[int, int]:
             for _ in range(count):
                 at += 8 + struct.unpack_from("<Q", data, at)[0]
         elif kind == 9:
-            for _ in range(count):
-                inner, length = read("<I"), read("<Q")
-                if length > len(data):
-                    raise ValueError("an array is longer than the file")
-                skip(inner, length)
+            inner, length = read("<I"), read("<Q")
+            if inner == 9 or length > MOST:
+                raise ValueError("an array of arrays, or one longer than any vocabulary")
+            skip(inner, length)
         else:
             at += count * {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}[kind]
 
     version, tensors, pairs = read("<I"), read("<Q"), read("<Q")
     if version not in (2, 3):
         raise ValueError(f"version {version}")
-    alignment, end = 32, 0
+    if tensors > 1 << 16 or pairs > 1 << 16:
+        raise ValueError(f"{tensors} tensors, {pairs} metadata")
+    alignment, end, total = 32, 0, 0
     for _ in range(pairs):
         key, kind = text(), read("<I")
         if key == b"general.alignment" and kind == 4:
             alignment = read("<I")
         else:
             skip(kind)
+    if not alignment or alignment & (alignment - 1):
+        raise ValueError(f"alignment {alignment}")
     for _ in range(tensors):
         text()
-        elements = math.prod(read("<Q") for _ in range(min(read("<I"), 8)))
+        if (dimensions := read("<I")) > 4:
+            raise ValueError(f"a tensor of {dimensions} dimensions")
+        elements = math.prod(read("<Q") for _ in range(dimensions))
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(read("<I"))]
-        end = max(end, read("<Q") + elements // block * size)
+        total += elements // block * size
+        end = max(end, read("<Q") + elements // block * size, total)  # tensors that share their bytes would be a small file of a large model
     return tensors, -(-at // alignment) * alignment + end
 
 
@@ -232,7 +244,7 @@ class _Engine:
             self.errors = []
             entry.ctx = self.lib.llama_init_from_model(entry.model, params)
             if not entry.ctx:
-                raise LlamaError(f"{entry.path}: no context of {cells} tokens ({self._why()}); lower the lengths or the group size")
+                raise LlamaOutOfMemory(f"{entry.path}: no context of {cells} tokens ({self._why()}); lower the lengths or the group size")
             entry.shape = cells, n_seq, unified
             self._use_lora(entry)
         self.lib.llama_memory_clear(self.lib.llama_get_memory(entry.ctx), False)
@@ -281,11 +293,11 @@ class _Engine:
         return list(tokens[:n])
 
     def rollout(self, role: str, prompts: list[list[int]], group: int, max_tokens: int, temperature: float, top_p: float,
-                min_p: float, seeds: list[int], stop: list[int], parallel: int, stream: bool = False) -> list[dict]:
+                min_p: float, seeds: list[int], stop: list[int], parallel: int, stream: bool = False, longest: int = 0) -> list[dict]:
         """Sample `group` completions of every prompt. Returns prompts x group dicts {ids, logprobs}, prompt-major.
 
         At most `parallel` sequences (and at least one group) are decoded together: as soon as enough have ended, the
-        next prompt takes their place. log-probs are those of the whole distribution at `temperature` (nats), as GRPO's
+        next prompt takes their place. Room is made for a prompt of `longest` tokens, that will come later. log-probs are those of the whole distribution at `temperature` (nats), as GRPO's
         ratio needs them, whatever top_p and min_p cut away; at temperature 0 (greedy) those of the unscaled one.
         """
         import numpy as np
@@ -294,7 +306,7 @@ class _Engine:
         samples: list[dict] = [{"ids": [], "logprobs": []} for _ in range(len(prompts) * group)]
         rngs = [np.random.default_rng(seed) for seed in seeds]
         groups = min(len(prompts), max(1, parallel // group))
-        longest = max(map(len, prompts))
+        longest = max(longest, *map(len, prompts))
         unified = group > 1 and (self._on_gpu(entry) or not entry.fused)
         cells = groups * (longest + group * max_tokens) if unified else groups * group * (longest + max_tokens)
         self._context(entry, cells, groups * group, unified)
@@ -497,6 +509,8 @@ def _draw(weights, rngs, block: int = 256):
 def _serve(pipe, parent_path: list[str]) -> None:
     """The worker's main loop: one request, one answer; ends when the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent, which then ends us in good order
+    if sys.platform == "linux":  # a parent that is killed takes us along at once, and not when the request is done
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     # Threads spin between the many small decodes of a rollout (twice the speed of sleeping ones), but give the cores
     # back to torch a few milliseconds after the last one.
     os.environ.setdefault("OMP_WAIT_POLICY", "active")
@@ -512,6 +526,8 @@ def _serve(pipe, parent_path: list[str]) -> None:
             engine = engine or _Engine()
             engine.tell = lambda done: pipe.send(("done", done))
             answer = ("ok", getattr(engine, method)(**kwargs))
+        except LlamaOutOfMemory as error:
+            answer = ("memory", str(error))
         except LlamaError as error:
             answer = ("user", str(error))
         except Exception as error:  # a bug: hand the whole story to the parent, which raises it there
@@ -581,8 +597,8 @@ class Worker:
         while (message := self._pipe.recv())[0] == "done":
             self._progress(message[1])
         status, answer = message
-        if status == "user":
-            raise LlamaError(answer)
+        if status in ("user", "memory"):
+            raise (LlamaError if status == "user" else LlamaOutOfMemory)(answer)
         if status == "bug":
             raise RuntimeError(f"llama worker: {answer}")
         return answer
@@ -598,7 +614,7 @@ class Worker:
         try:
             return self._once(method, kwargs)
         except (EOFError, ConnectionError, OSError) as error:
-            raise LlamaError(f"llama.cpp ended twice (exit code {self._reap()}) during {method}: out of memory, or a GGUF it cannot run") from error
+            raise LlamaOutOfMemory(f"llama.cpp ended twice (exit code {self._reap()}) during {method}: out of memory, or a GGUF it cannot run") from error
 
     def _reap(self) -> int | None:
         process = self._process
@@ -633,14 +649,14 @@ class Worker:
         return self.call("tokenize", role=role, texts=texts, special=special)
 
     def rollout(self, prompts: list[list[int]], *, group: int, max_tokens: int, seeds: list[int], stop: list[int], temperature: float = 1.0,
-                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32, progress: Callable[[int], None] | None = None, stream: bool = False) -> list[dict]:
+                top_p: float = 1.0, min_p: float = 0.0, role: str = "policy", parallel: int = 32, progress: Callable[[int], None] | None = None, stream: bool = False, longest: int = 0) -> list[dict]:
         """See `_Engine.rollout`. `seeds`: one per completion, prompt-major; the same seeds give the same rollouts.
         `progress` is told how many completions have ended; with `stream` (one prompt, group 1) each token as it is drawn."""
         if len(seeds) != len(prompts) * group:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {group}")
         self._progress = progress or (lambda done: None)
         return self.call("rollout", role=role, prompts=prompts, group=group, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                         min_p=min_p, seeds=seeds, stop=stop, parallel=parallel, stream=stream)
+                         min_p=min_p, seeds=seeds, stop=stop, parallel=parallel, stream=stream, longest=longest)
 
     def branches(self, role: str, prefix: list[int], replies: list[list[int]], suffixes: list, score_reply: bool = False) -> list[dict]:
         return self.call("branches", role=role, prefix=prefix, replies=replies, suffixes=suffixes, score_reply=score_reply)

@@ -103,6 +103,23 @@ def release() -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Is this error the lack of memory, on a GPU, in this process or in the llama.cpp worker?"""
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in text for word in ("OutOfMemory", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"))
+
+
+def available_gb() -> float:
+    """Memory a run may still take: free on the GPU, else what the system can give; 0 if it cannot be told."""
+    import psutil
+
+    if has_gpu():
+        import torch
+
+        return torch.cuda.mem_get_info()[0] / GB
+    return psutil.virtual_memory().available / GB
+
+
 def on_gpu(n_bytes: float) -> bool:
     """Does a model of `n_bytes` fit beside what the GPU holds now, with room for its activations?"""
     if not has_gpu():
@@ -219,8 +236,8 @@ def read_config(path: Path) -> dict:
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable config.json ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a readable config.json ({str(error)[:120]})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a JSON object")
     return config

@@ -48,10 +48,10 @@ class Pack:
             mask = self.ids[None, None]
             return causal_lm.base_model(input_ids=self.ids, position_ids=self.positions, attention_mask=mask, use_cache=False, pack=self).last_hidden_state[0]
 
-    def logps(self, causal_lm, at, targets, temperature: float = 1.0):
-        """`token_logps` of targets [N] predicted at the places `at` [N] of the row."""
+    def logps(self, causal_lm, at, targets, temperature: float = 1.0, chunk: int = 128):
+        """`token_logps` of targets [N] predicted at the places `at` [N] of the row, `chunk` rows of logits at once."""
         config = causal_lm.config.get_text_config()
-        return token_logps(self.hidden(causal_lm)[at], causal_lm.get_output_embeddings(), targets, temperature, getattr(config, "final_logit_softcapping", None))
+        return token_logps(self.hidden(causal_lm)[at], causal_lm.get_output_embeddings(), targets, temperature, getattr(config, "final_logit_softcapping", None), chunk)
 
     def visible(self, window: int | None):
         """What a segment's tokens see of [prompt, segment]: bool [C, P + C]; `window`: the last so many tokens, itself included."""

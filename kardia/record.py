@@ -8,12 +8,16 @@ tokens.jsonl, evaluation.json, exam.json and export.json. Whatever is absent rea
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
+import reprlib
+from collections import defaultdict
 from pathlib import Path
 
-SPAN = re.compile(r"<\|(\w+)_begin\|>(.*?)<\|\1_end\|>", re.DOTALL)
+MARKER = re.compile(r"<\|(\w+)_(begin|end)\|>")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # escapes, what turns the direction of text, half characters
 EPSILON = 1e-4  # TRL's, in the denominator of the advantage
 
 
@@ -24,26 +28,72 @@ class ReportError(RuntimeError):
 # ---------------------------------------------------------------------------------- reading a run
 
 
-def _parse(text: bytes, where: str) -> dict:
+# What is read of a run, and of which kind: {key: kind}, "*" any other key, [kind] a list of them, None a text, a number or a
+# bool. A file may be damaged or a stranger's: what is of another kind is left out, so nothing after this needs to ask again.
+FLAT, MEASURED = {"*": None}, {"*": {"*": None}}
+ANSWER = {"answers": [None], "*": None}
+EXAM = {
+    "criteria": {"*": {"methods": MEASURED, "length": MEASURED, "held_out": FLAT, "*": None}},
+    "canaries": {"failed": {"*": [None]}, "*": None}, "repeatability": FLAT, "overall": FLAT, "*": None,
+}  # fmt: skip
+RUN = {
+    **dict.fromkeys(("options", "versions", "hashes", "memory_plan", "reward_trend"), FLAT), "judge_exam": EXAM,
+    "form": {"spans": [None], "*": None}, "dropped_criteria": [None], "ladder": [FLAT], "*": None,
+}  # fmt: skip
+PROMPT = {"messages": [FLAT], "*": None}
+COMPLETION = {**PROMPT, **dict.fromkeys(("components", "criteria", "weights", "held_out"), FLAT)}
+TOKENS = {"tokens": [None], "before": [None], "after": [None], "*": None}
+EVALUATION = {
+    "models": [None], "metrics": {"*": MEASURED}, "differences": [FLAT], "win_rate": [FLAT],
+    "examples": [{**PROMPT, "answers": {"*": {"scores": FLAT, "*": None}}}], "*": None,
+}  # fmt: skip
+EXPORT = {"formats": {"*": ANSWER}, "trained": ANSWER, "*": None}
+TEXT, NAMES, ITEMS = 100_000, 200, 10_000  # characters of a text, keys of a record, items of a list: far above what a run writes
+
+
+def _of_kind(value, kind):
+    if isinstance(kind, dict):
+        kinds = ((str(key)[:NAMES], each, kind.get(key, kind.get("*"))) for key, each in list(value.items())[:NAMES])
+        return {key: _of_kind(each, wanted) for key, each, wanted in kinds if _is(each, wanted)}
+    if isinstance(kind, list):
+        return [_of_kind(each, kind[0]) if _is(each, kind[0]) else None for each in value[:ITEMS] if _is(each, kind[0]) or kind[0] is None]
+    return value[:TEXT] if isinstance(value, str) else value
+
+
+def _is(value, kind) -> bool:
+    return isinstance(value, type(kind)) if kind is not None else not isinstance(value, (dict, list))
+
+
+def _parse(text: bytes, where: str, kind: dict) -> dict:
     try:
         value = json.loads(text.decode("utf-8"), parse_constant=lambda _: None)  # NaN is "unknown" here
+    except RecursionError:
+        raise ReportError(f"{where}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
-        raise ReportError(f"{where}: not valid JSON ({error})") from None
+        raise ReportError(f"{where}: not valid JSON ({brief(str(error), 80)})") from None
     if not isinstance(value, dict):
         raise ReportError(f"{where}: found a {type(value).__name__}, expected an object")
-    return value
+    return _of_kind(value, kind)
 
 
-def _object(path: Path) -> dict | None:
-    return _parse(path.read_bytes(), str(path)) if path.exists() else None
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _lines(path: Path) -> list[dict]:
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()] if path.exists() else []
+def _object(path: Path, kind: dict) -> dict | None:
+    text = _bytes(path)
+    return None if text is None else _parse(text, str(path), kind)
+
+
+def _lines(path: Path, kind: dict) -> list[dict]:
+    lines = [(n, line) for n, line in enumerate((_bytes(path) or b"").split(b"\n"), 1) if line.strip()]
     rows = []
     for number, line in lines:
         try:
-            rows.append(_parse(line, f"{path}:{number}"))
+            rows.append(_parse(line, f"{path}:{number}", kind))
         except ReportError:
             if number != lines[-1][0]:
                 raise  # only the last line can be one that a killed run did not finish
@@ -54,22 +104,21 @@ def read_run(path: Path) -> dict:
     """Everything recorded in the run directory `path`, as {name, run, log, completions, tokens, evaluation, exam, export}.
 
     log, completions and tokens are lists of dicts in file order ([] where the file is absent; a torn last line is skipped);
-    the others are dicts or None. exam is exam.json, or else the one stored in run.json.
+    the others are dicts or None, and all are of the kinds named above. exam is exam.json, or else the one stored in run.json.
     Raises ReportError when `path` is no directory or a file is malformed."""
     path = Path(path)
     if not path.is_dir():
         raise ReportError(f"{path}: no such run directory")
-    run = _object(path / "run.json")
-    exam = _object(path / "exam.json") or (run or {}).get("judge_exam")
+    run = _object(path / "run.json", RUN)
     return {
         "name": path.resolve().name,
         "run": run,
-        "log": _lines(path / "log.jsonl"),
-        "completions": _lines(path / "completions.jsonl"),
-        "tokens": _lines(path / "tokens.jsonl"),
-        "evaluation": _object(path / "evaluation.json"),
-        "exam": exam if isinstance(exam, dict) else None,
-        "export": _object(path / "export.json"),
+        "log": _lines(path / "log.jsonl", FLAT),
+        "completions": _lines(path / "completions.jsonl", COMPLETION),
+        "tokens": _lines(path / "tokens.jsonl", TOKENS),
+        "evaluation": _object(path / "evaluation.json", EVALUATION),
+        "exam": _object(path / "exam.json", EXAM) or (run or {}).get("judge_exam"),
+        "export": _object(path / "export.json", EXPORT),
     }
 
 
@@ -89,7 +138,8 @@ def is_grpo(data: dict) -> bool:
 
 
 def number(value) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    """A measured number. NaN, infinity and what is larger than anything a run measures (its square might be no number) are unknown."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
 
 
 def mean_of(values: list[float]) -> float | None:
@@ -152,12 +202,42 @@ def printable(value) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
+
+    def repr_int(self, value, level) -> str:  # a text of over 4,300 digits Python refuses to make
+        return repr(value) if value.bit_length() < 200 else f"an integer of {value.bit_length()} bits"
+
+
+def brief(value, width: int = 60) -> str:
+    """A found value for a message: one line of at most `width` characters without control characters, however large or deep it is."""
+    text = value[: 4 * width] if isinstance(value, str) else _Shown().repr(value)
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * width].split()))
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def find_span(text: str, name: str) -> str | None:
+    """One span of a text that need not be valid as a whole; None if it is not there. The first one counts."""
+    _, begun, rest = text.partition(f"<|{name}_begin|>")
+    inside, ended, _ = rest.partition(f"<|{name}_end|>")
+    return inside.strip() if begun and ended else None
+
+
 def split_spans(text) -> list[tuple[str, str]]:
-    """[(span name, its text)] of a reply, in order; "" names what stands outside every well-formed span."""
+    """[(span name, its text)] of a reply, in order; "" names what stands outside every well-formed span. A model may repeat a
+    marker a thousand times: each is looked at once."""
     parts, end, text = [], 0, str(text or "")
-    for match in SPAN.finditer(text):
-        parts += [("", text[end:match.start()].strip()), (match[1], match[2].strip())]
-        end = match.end()
+    marks, ends = list(MARKER.finditer(text)), defaultdict(list)
+    for mark in marks:
+        if mark[2] == "end":
+            ends[mark[1]].append(mark.start())
+    for mark in marks:
+        closing = ends[mark[1]]
+        if mark[2] == "begin" and mark.start() >= end and (i := bisect.bisect(closing, mark.start())) < len(closing):
+            parts += [("", text[end : mark.start()].strip()), (mark[1], text[mark.end() : closing[i]].strip())]
+            end = closing[i] + len(f"<|{mark[1]}_end|>")
     return [(name, piece) for name, piece in [*parts, ("", text[end:].strip())] if name or piece]
 
 

@@ -19,6 +19,7 @@ from kardia.charts import (
 from kardia.record import ReportError, advantages_of, fixed, form_of, groups_of, is_grpo, mean_of, means_of, number, quarters, read_run, rewards_of, series, spread_of, why_pushed
 
 PAGE_LIMIT = 2_900_000  # bytes; mail and chat tools start to refuse or to lag above 3 MB
+MOST = 50  # rows and columns of a table of models and metrics
 
 
 class Limits(NamedTuple):
@@ -67,9 +68,10 @@ def _verdicts(data: dict) -> list[str]:
     out = [_trend(run.get("reward_trend"))] if is_grpo(data) else []
     loss = None if is_grpo(data) else quarters(log, "loss")
     out += [f"The SFT loss went from {fixed(loss[0])} (first quarter) to {fixed(loss[1])} (last quarter)."] if loss else []
-    differences = (data["evaluation"] or {}).get("differences") or []
-    for pair in dict.fromkeys((row.get("better"), row.get("than")) for row in differences):
-        rows = [row for row in differences if (row.get("better"), row.get("than")) == pair]
+    pairs: dict[tuple, list] = {}
+    for row in (data["evaluation"] or {}).get("differences", []):
+        pairs.setdefault((row.get("better"), row.get("than")), []).append(row)
+    for pair, rows in list(pairs.items())[:MOST]:
         up = [row.get("metric") for row in rows if (number(row.get("low")) or 0) > 0]
         down = [row.get("metric") for row in rows if (number(row.get("high")) or 0) < 0]
         told = [f"better on {listed(up)}"] * bool(up) + [f"<b>worse</b> on {listed(down)}"] * bool(down)
@@ -144,7 +146,7 @@ def _differing(runs: list[dict], values: list[dict]) -> list[list[str]]:
 def _differs(runs: list[dict]) -> str:
     facts = [run["run"] or {} for run in runs]
     plain = [{name: fact[name] for name in ("machine", "model", "bits", "engine", "rollout") if fact.get(name) is not None} for fact in facts]
-    kept = {part: [fact.get(part) if isinstance(fact.get(part), dict) else {} for fact in facts] for part in ("options", "versions", "hashes")}
+    kept = {part: [fact.get(part, {}) for fact in facts] for part in ("options", "versions", "hashes")}
     parts = [(title, _differing(runs, values)) for title, values in (("Options", kept["options"]), ("Machine and model", plain), ("Versions", kept["versions"]), ("Hashes", kept["hashes"]))]
     head = [f"{swatch(look)}{text(run['name'])}" for look, run in zip(looks(runs), runs)]
     note = "Reward, its components, loss and accuracy are means of the last quarter of the steps."
@@ -163,8 +165,8 @@ def _before_after(runs: list[dict]) -> str:
     if not scored:
         return ""
     tag = lambda run: f"<small>{text(run['name'])}</small><br>" if len(scored) > 1 else ""  # noqa: E731
-    columns = [(run, model, ev["metrics"].get(model) or {}) for run, ev in scored for model in ev.get("models") or list(ev["metrics"])]
-    metrics = dict.fromkeys(metric for *_, values in columns for metric in values)
+    columns = [(run, model, ev["metrics"].get(model) or {}) for run, ev in scored for model in (ev.get("models") or list(ev["metrics"]))[:MOST]]
+    metrics = list(dict.fromkeys(metric for *_, values in columns for metric in values))[:MOST]
     rows = [[listed([metric])] + [score_cell(values.get(metric) or {}) for _, _, values in columns] for metric in metrics]
     names = [f"{text(run['name'])}: " * (len(scored) > 1) for run, _ in scored]
     about = "; ".join(f"{name}{text(ev.get('prompts', '?'))} held-out prompts, judge {text(ev.get('judge', '?'))}" for name, (_, ev) in zip(names, scored))
@@ -175,7 +177,8 @@ def _before_after(runs: list[dict]) -> str:
         for row in ev.get("differences") or []:
             pairs.setdefault((index, row.get("better"), row.get("than")), {})[row.get("metric")] = row
     if pairs:
-        metrics = dict.fromkeys(metric for rows in pairs.values() for metric in rows)
+        pairs = dict(list(pairs.items())[:MOST])
+        metrics = list(dict.fromkeys(metric for rows in pairs.values() for metric in rows))[:MOST]
         out += "<div><h3>Paired differences, the same prompts</h3>" + table(
             ["Metric"] + [f"{tag(scored[i][0])}{text(a)} − {text(b)}" for i, a, b in pairs],
             [[listed([metric])] + [_difference(rows.get(metric) or {}) for rows in pairs.values()] for metric in metrics]) + "</div>"
@@ -200,13 +203,14 @@ def _difference(row: dict) -> str:
 def _memory(data: dict, *_) -> str:
     """The plan made before loading, term by term, against the measured peak."""
     run = data["run"] or {}
-    plan = {str(name): number(size) for name, size in run["memory_plan"].items() if number(size) is not None} if isinstance(run.get("memory_plan"), dict) else {}
+    plan = {name: number(size) for name, size in run.get("memory_plan", {}).items() if number(size) is not None}
     peak, total = number(run.get("peak_memory_gb")), sum(plan.values())
     if not plan:
         return ""
     told = f"Measured {fixed(peak)} GB of {fixed(total)} GB planned: {fixed(peak / total)} times the plan." if peak is not None and total else "The peak was not measured."
     of = f"of {text(run['peak_memory_of'])}" if run.get("peak_memory_of") else ""
-    return f"<p>{told}</p>{stacked(plan, peak, of)}"
+    rungs = "".join(f"<li>from step {text(rung.get('step'))}: {text(rung.get('why'))}</li>" for rung in run.get("ladder") or [])
+    return f"<p>{told}</p>{stacked(plan, peak, of)}" + (f"<p>Memory ran out, and this was given up:</p><ul>{rungs}</ul>" if rungs else "")
 
 
 # ---------------------------------------------------------------------------------- judge exam
@@ -214,13 +218,13 @@ def _memory(data: dict, *_) -> str:
 
 def _exam(data: dict, *_) -> str:
     exam = data["exam"] or {}
-    rows, others = [], any(isinstance(entry.get("held_out"), dict) for entry in (exam.get("criteria") or {}).values())
+    rows, others = [], any("held_out" in entry for entry in exam.get("criteria", {}).values())
     for name, entry in [*(exam.get("criteria") or {}).items(), *([("overall", exam["overall"])] if exam.get("overall") else [])]:
         right = number(entry.get("correct"))  # half a point for a tie
         count = f"{'–' if right is None else f'{right:g}'}&nbsp;of&nbsp;{text(entry.get('n'))}" if "n" in entry else text(exam.get("pairs"))
         kind, word = ("up", "fit") if entry.get("fit") else ("down", "unfit")
         fit = f"<b class={kind}>{word}</b> <small class=prose>{text(entry.get('why'))}</small>" if "fit" in entry else ""
-        held = entry.get("held_out") if isinstance(entry.get("held_out"), dict) else {}
+        held = entry.get("held_out", {})
         in_other_words = [score_cell(held, "accuracy", 0.5) + f"<small class=prose>{text(held.get('text'))}</small>" if held else ""] * others
         rows.append([listed([name]), text(entry.get("method")), fixed(entry.get("weight"), none=""), count,
                      score_cell(entry, "accuracy", 0.5, entry.get("length_baseline")), fixed(entry.get("length_baseline")), *in_other_words, fit])
@@ -234,18 +238,17 @@ def _exam(data: dict, *_) -> str:
 
 def _exam_methods(exam: dict) -> str:
     """Every method's accuracy, length bias, and what was tried to fool the judge."""
-    known = lambda value: value if isinstance(value, dict) else {}  # noqa: E731 - a damaged record leaves its part out
-    criteria = {name: entry for name, entry in known(exam.get("criteria")).items() if known(known(entry).get("methods"))}
-    methods = list(dict.fromkeys(method for entry in criteria.values() for method in entry["methods"]))
+    criteria = {name: entry for name, entry in exam.get("criteria", {}).items() if entry.get("methods")}
+    methods = list(dict.fromkeys(method for entry in criteria.values() for method in entry["methods"]))[:MOST]
     rows = []
     for name, entry in criteria.items():
-        cells = [score_cell(known(entry["methods"].get(method)), "accuracy", 0.5, entry.get("length_baseline")) for method in methods]
-        bias = [fixed(known(known(entry.get("length")).get(side)).get("accuracy")) for side in ("longer_better", "shorter_better")]
+        cells = [score_cell(entry["methods"].get(method, {}), "accuracy", 0.5, entry.get("length_baseline")) for method in methods]
+        bias = [fixed(entry.get("length", {}).get(side, {}).get("accuracy")) for side in ("longer_better", "shorter_better")]
         rows.append([listed([name]), *cells, *bias])
     out = table(["Criterion", *(text(method) for method in methods), "longer is better", "shorter is better"], rows) if rows else ""
-    canaries, repeat, notes = known(exam.get("canaries")), known(exam.get("repeatability")), []
+    canaries, repeat, notes = exam.get("canaries", {}), exam.get("repeatability", {}), []
     if canaries.get("n"):
-        failed = "; ".join(f"“{text(canary)}” raised {listed(sorted(set(map(str, raised))))}" for canary, raised in known(canaries.get("failed")).items() if isinstance(raised, list))
+        failed = "; ".join(f"“{text(canary)}” raised {listed(sorted(set(map(str, raised))))}" for canary, raised in canaries.get("failed", {}).items())
         notes.append(f"Begging for a grade raised no score of the model alone in {text(canaries.get('held'))} of {text(canaries['n'])} tries, "
                      f"and in {text(canaries.get('held_with_guards'))} with the rules that refuse such replies{': ' + failed if failed else ''}.")
     if number(repeat.get("largest_difference")) is not None:
@@ -270,7 +273,7 @@ def _prompt(row: dict, clip: int, form: dict) -> str:
 def _card(sample: dict, samples: list[dict], clip: int, spans: list[str]) -> str:
     advantage, before, after = (number(sample.get(key)) for key in ("advantage", "logprob", "logprob_after"))
     kind = "up" if (advantage or 0) > 0 else "down" if (advantage or 0) < 0 else ""
-    held = sample.get("held_out") if isinstance(sample.get("held_out"), dict) else None
+    held = sample.get("held_out")
     scores = "".join(bars(sample.get(part), means_of(samples, part), part, held) for part in ("components", "criteria"))
     head = "<div class=head><span></span><span></span><span>score</span><span>in other<br>words</span></div>" if held else ""
     facts = [
@@ -339,7 +342,7 @@ VERDICTS = {"ok": "<b class=up>matches</b>", "noisy": "<b>matches, with rounding
 
 def _export(data: dict, *_) -> str:
     book, rows, notes = data["export"] or {}, [], []
-    trained = book.get("trained") if isinstance(book.get("trained"), dict) else {}
+    trained = book.get("trained", {})
     share = lambda value, digits=0: f"{number(value):.{digits}%}" if number(value) is not None else "–"  # noqa: E731
     score = lambda entry: f"{number(entry.get('rubric')):.2f}" if number(entry.get("rubric")) is not None else "–"  # noqa: E731
     if number(trained.get("rubric")) is not None:
@@ -364,7 +367,7 @@ def _export(data: dict, *_) -> str:
 def _export_answers(book: dict) -> str:
     """The first question's answer by the trained model and by each export."""
     named = [("the trained model", book.get("trained") or {}), *(book.get("formats") or {}).items()]
-    rows = [[text(name), f"<small class=prose>{text(entry['answers'][0])}</small>"] for name, entry in named if isinstance(entry.get("answers"), list) and entry["answers"]]
+    rows = [[text(name), f"<small class=prose>{text(entry['answers'][0])}</small>"] for name, entry in named if entry.get("answers")]
     return f"<details><summary>What each answers to the first question</summary>{table(['', 'Answer'], rows)}</details>" if len(rows) > 1 else ""
 
 
@@ -372,7 +375,7 @@ def _details(data: dict, *_) -> str:
     run, out = data["run"] or {}, ""
     facts = {key: value for key, value in run.items() if value is not None and not isinstance(value, (dict, list))}
     for title, values in (("Run", facts), ("Options", run.get("options")), ("Versions", run.get("versions")), ("Hashes", run.get("hashes"))):
-        if values and isinstance(values, dict):
+        if values:
             out += f"<div><h4>{title}</h4><dl>" + "".join(f"<dt>{text(key)}</dt><dd><code>{text(value)}</code></dd>" for key, value in values.items()) + "</dl></div>"
     return f"<details><summary>Show all</summary><div class=facts>{out}</div></details>" if out else ""
 

@@ -12,7 +12,10 @@ from typing import Any
 
 from kardia.exam import digest as short_hash
 from kardia.judge import HELD_OUT
+from kardia.record import CONTROL, brief
 from kardia.runs import UserError
+
+LARGEST = 256 << 10  # bytes: a minute of pure Python's YAML would pass for a hang
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,12 @@ class _Checks:
     path: Path
 
     def bad(self, key: str, found: Any, expected: str) -> UserError:
-        return UserError(f"{self.path}: {key}: found {str(found)[:60]!r} / expected {expected}")
+        return UserError(f"{self.path}: {brief(key, 100)}: found {brief(found)!r} / expected {brief(expected, 300)}")
 
     def mapping(self, key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
         if not isinstance(value, dict):
             raise self.bad(key, value, "a mapping")
-        if unknown := set(map(str, value)) - required - optional:
+        if unknown := {brief(name) for name in value} - required - optional:
             raise self.bad(f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional)))
         if missing := required - set(value):
             raise self.bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
@@ -139,14 +142,14 @@ class _Checks:
             raise self.bad(key, value, "a list of words")
         return tuple(value)
 
-    def criterion(self, key: str, entry: Any, taken: set[str]) -> Criterion:
+    def criterion(self, key: str, entry: Any, taken) -> Criterion:
         entry = self.mapping(key, entry, {"name", "description", "weight", "method"}, {"cues", "ask", "held_out"})
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(entry["name"])):
+        if not isinstance(entry["name"], str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", entry["name"]):
             raise self.bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
         if entry["name"] in taken:
             raise self.bad(f"{key}.name", entry["name"], "a name that is not used twice")
         methods = tuple(entry["method"]) if isinstance(entry["method"], list) else (entry["method"],)
-        if not methods or len(set(map(str, methods))) < len(methods) or any(method not in METHODS for method in methods):
+        if not methods or any(method not in METHODS for method in methods) or len(set(methods)) < len(methods):
             raise self.bad(f"{key}.method", entry["method"], f"one of {', '.join(METHODS)}, or a list of them for the exam to choose from")
         cues = []
         if not isinstance(entry.get("cues") or [], list):
@@ -158,7 +161,7 @@ class _Checks:
         if "contrast" in methods and not cues:
             raise self.bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
         questions = {name: self.text(f"{key}.{name}", entry[name], "a question that yes or no answers") for name in ("ask", "held_out") if name in entry}
-        return Criterion(entry["name"], str(entry["description"]), self.number(f"{key}.weight", entry["weight"]), methods, tuple(cues), **questions)
+        return Criterion(entry["name"], self.text(f"{key}.description", entry["description"], "a text"), self.number(f"{key}.weight", entry["weight"]), methods, tuple(cues), **questions)
 
     def form(self, entry: Any) -> Form:
         """`answer`: {system, spans: {name: hint}, label, reply}."""
@@ -167,7 +170,7 @@ class _Checks:
         if not isinstance(spans, dict) or len(spans) < 2:
             raise self.bad("answer.spans", spans, "a mapping of at least two span names to hints, in the order of an answer")
         for name, hint in spans.items():
-            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)) or name in ("format", "rubric"):
+            if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in ("format", "rubric"):
                 raise self.bad("answer.spans", name, "names of lower-case letters, digits and underscores (not format or rubric)")
             self.text(f"answer.spans.{name}", hint, "a few words for the system prompt")
         for key in ("label", "reply"):
@@ -180,17 +183,40 @@ class _Checks:
         return Form(tuple(spans.items()), entry["label"], entry["reply"], self.text("answer.system", entry["system"], "a text").rstrip(" .:"))
 
 
+def _yaml(text: str) -> Any:
+    """Plain YAML: what refers to another place (a few lines of it stand for gigabytes), a number of a thousand digits and characters
+    that a terminal would obey are errors."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if getattr(self.peek_event(), "anchor", None) is not None:  # of an alias, or where one is defined
+                raise yaml.YAMLError("anchors and aliases, & and *, are not read here: write it out twice")
+            node = super().compose_node(parent, index)
+            if isinstance(node, yaml.ScalarNode) and CONTROL.search(node.value):
+                raise yaml.YAMLError(f"a control character in {brief(node.value)!r}")
+            if isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":str") and len(node.value) > 100:
+                raise yaml.YAMLError(f"a text without quotation marks: {brief(node.value)!r}")
+            return node
+
+    return yaml.load(text, Plain)
+
+
 def load_rubric(path: Path) -> Rubric:
     """rubrics.yaml, validated: every mistake is one line naming file and key."""
     import yaml
 
     check = _Checks(path)
     try:
-        root = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"{path}: over {LARGEST >> 10} kB; a rubric has a few, rubrics.yaml shows one")
+        root = _yaml(text.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from error
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:  # its constructors raise what Python raises
+        raise UserError(f"{path}: not valid YAML ({'nested too deeply' if isinstance(error, RecursionError) else brief(str(error), 120)})") from error
     named = "labels" if isinstance(root, dict) and "labels" in root else "emotions"  # one of the two
     root = check.mapping("rubric", root, {"version", "rewards", "criteria", named}, {"answer"})
     if root["version"] != 1:
@@ -202,9 +228,11 @@ def load_rubric(path: Path) -> Rubric:
         raise check.bad("rewards", "all weights zero", "at least one weight above 0")
     if not isinstance(root["criteria"], list) or not root["criteria"]:
         raise check.bad("criteria", root["criteria"], "a list of criteria")
-    criteria: list[Criterion] = []
+    found: dict[str, Criterion] = {}
     for i, entry in enumerate(root["criteria"]):
-        criteria.append(check.criterion(f"criteria[{i}]", entry, {c.name for c in criteria}))
+        criterion = check.criterion(f"criteria[{i}]", entry, found.keys())
+        found[criterion.name] = criterion
+    criteria = tuple(found.values())
     if rewards["rubric"] and not sum(c.weight for c in criteria):
         raise check.bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
     emotions = root[named]
@@ -213,11 +241,11 @@ def load_rubric(path: Path) -> Rubric:
     if len(emotions) < 2:
         raise check.bad(named, emotions, "at least two labels")
     labels = {str(label): check.words(f"{named}.{label}", aliases) if aliases else () for label, aliases in emotions.items()}
-    owner: dict[str, str] = {}
+    owner, named_so = {}, {label.lower() for label in labels}
     for label, aliases in labels.items():
         for word in (label, *aliases):
-            if owner.setdefault(word.lower(), label) != label or (word != label and word.lower() in map(str.lower, labels)):
+            if owner.setdefault(word.lower(), label) != label or (word != label and word.lower() in named_so):
                 raise check.bad(f"{named}.{label}", word, f"a word that does not already mean {owner[word.lower()]!r}")
     total = sum(rewards.values())
     digest = short_hash(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
-    return Rubric(tuple(criteria), {name: weight / total for name, weight in rewards.items()}, labels, digest, form)
+    return Rubric(criteria, {name: weight / total for name, weight in rewards.items()}, labels, digest, form)

@@ -1,4 +1,7 @@
-"""A run's bookkeeping: options declared once, the run directory, files that are never half-written, what machine this was."""
+"""A run's bookkeeping: options declared once, the run directory, files that are never half-written, what machine this was.
+
+Whatever is read back here may have been damaged or made by a stranger: it is checked, and nothing leads out of a run directory.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +28,10 @@ from kardia.llama import default_threads
 
 class UserError(click.ClickException):
     """A mistake the user can mend: one line (value, rule, fix), exit 1, no traceback."""
+
+    def format_message(self) -> str:
+        """Without control characters: the value shown may come from a stranger's file."""
+        return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in self.message.split("\n"))
 
 
 SCREEN: list[Any] = []  # the rich console of what is being redrawn, if something is
@@ -45,13 +54,13 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console, told = Console(stderr=True), [0, time.time()]
+    console, told = Console(stderr=True), [0, time.monotonic()]
     if not console.is_terminal:
 
         def tell(done: float, of: float | None = None) -> None:
             of = of or total
-            if of and done * 10 // of > told[0] and time.time() - told[1] > 10:
-                told[:] = int(done * 10 // of), time.time()
+            if of and done * 10 // of > told[0] and time.monotonic() - told[1] > 10:
+                told[:] = int(done * 10 // of), time.monotonic()
                 say(f"  {title} {told[0] * 10}%")
 
         yield tell
@@ -69,6 +78,16 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
 def knob(default: Any, help: str, **extra: Any) -> Any:
     """One option, declared once: its field name, type and default make the command line, run.json and the manual."""
     return field(default=default, metadata={"help": help, **extra})
+
+
+class Finite(click.FloatRange):
+    """A number: neither NaN, which is not smaller than any minimum, nor infinite."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def options(cls: type) -> Any:
@@ -92,8 +111,10 @@ def options(cls: type) -> Any:
             elif "choices" in meta:
                 kind = click.Choice([str(c) for c in meta["choices"]])
                 command = _as_int(command, f.name)
+            elif "min" in meta and f.type == "int":
+                kind = click.IntRange(min=meta["min"], max=meta.get("max", 2**31 - 1))
             elif "min" in meta:
-                kind = (click.IntRange if f.type == "int" else click.FloatRange)(min=meta["min"], max=meta.get("max"))
+                kind = Finite(min=meta["min"], max=meta.get("max"))
             default = os.path.relpath(f.default, Path.cwd()) if isinstance(f.default, Path) and f.default.is_relative_to(Path.cwd()) else f.default
             metavar = None if "choices" in meta else {"int": "N", "float": "X", "str": "TEXT"}.get(f.type, "FILE")
             command = click.option(f"--{f.name.replace('_', '-')}", type=kind, default=str(default) if "choices" in meta else default, help=meta["help"], show_default=True, metavar=metavar)(command)
@@ -110,64 +131,91 @@ def _as_int(function, name):
     return command
 
 
+STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # a run's records, each line of one step
+
+
 class Run:
-    """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ..."""
+    """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ...
+
+    Reading needs no lock. Who writes has it (`create`, and `with` gives it back): a second process is refused.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path, self._lock = Path(path), None
         if not (self.path / "run.json").is_file():
             raise UserError(f"{self.path}: not a run directory (no run.json); `sft` and `grpo` make one with --out")
+        stay_inside(self.path)
         try:
             self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path}/run.json: damaged ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}/run.json: damaged ({str(error)[:100]})") from error
+        if wrong := _wrong_facts(self.facts):
+            raise UserError(f"{self.path}/run.json: damaged ({wrong})")
 
     @classmethod
     def create(cls, path: Path, command: str, options: Any, resume: bool, **facts: Any) -> "Run":
+        """A new run directory, or with `resume` the one that is there, if it was asked for the same with the same files."""
         path = Path(path)
-        if resume:
-            run = cls(path)
-            asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-            free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
-            if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v and k not in free]:
-                raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
-            return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        new = not path.is_dir() or all(name.startswith(".") for name in os.listdir(path))  # a killed start leaves hidden files only
+        if not resume and (path.exists() and not path.is_dir() or not new):
             raise UserError(f"{path}: exists already; choose another --out, or --resume to go on with it")
         try:
             path.mkdir(parents=True, exist_ok=True)
+            stay_inside(path)
+            lock = lock_of(path / ".lock", f"{path}: another process is working on this run; wait for it, or stop it")
         except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror})") from error
-        record = {"command": command, "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
-                  "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts}  # fmt: skip
-        write_json(path / "run.json", record)
-        return cls(path)
+            raise UserError(f"{path}: cannot be made or written to ({error.strerror})") from error
+        if resume and new:
+            say(f"{path}: nothing to go on with there; beginning")
+        asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+        if new:
+            write_json(path / "run.json", {"command": command, "options": asked, "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts})
+        run = cls(path)
+        run._lock = lock
+        free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
+        if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v and k not in free]:
+            raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
+        before = run.facts.get("hashes") or {}
+        if other := [name for name, value in facts.get("hashes", {}).items() if before.get(name, value) != value]:
+            raise UserError(f"{path}: --resume, but the {other[0]} is not what it was when the run began ({before[other[0]]}, now {facts['hashes'][other[0]]}); put the old one back, or begin another run")
+        return run
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    @property
+    def done(self) -> bool:
+        return self.facts.get("status") == "done" and (self.path / "adapter" / "adapter_model.safetensors").is_file()
 
     def update(self, **facts: Any) -> None:
         self.facts.update(facts)
         write_json(self.path / "run.json", self.facts)
 
     def append(self, name: str, records: list[dict]) -> None:
-        """Add lines to a .jsonl file, in one write."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        """Add lines to a .jsonl file: all of them, or (a full disk) none."""
+        path, data = self.path / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", errors="replace")
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(size)
+                raise UserError(f"{path}: cannot be written ({error.strerror}); make room, then the same command with --resume goes on") from error
 
     def rewind(self, step: int) -> None:
-        """Before a resume from `step`: forget what was logged after it, it will be logged again."""
-        for name in ("log.jsonl", "completions.jsonl", "tokens.jsonl"):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}") and json.loads(line)["step"] <= step]
-                write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole."""
-        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1)
-        for path in reversed(found):
-            if (path / "trainer_state.json").is_file() and (path / "adapter_model.safetensors").is_file() and (path / "optimizer.pt").is_file():
-                return path
-            say(f"{path.name} is incomplete and skipped")
-        return None
+        """Before going on from `step`: forget what was recorded after it (it will be recorded again), and lines that a kill tore."""
+        for name in STEP_FILES:
+            if (path := self.path / name).exists():
+                kept = [json.dumps(row, ensure_ascii=False) + "\n" for _, row, _ in json_lines(path, strict=False) if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step]
+                write_text(path, "".join(kept))
 
     @property
     def adapter(self) -> Path:
@@ -176,12 +224,95 @@ class Run:
         return self.path / "adapter"
 
 
+def _wrong_facts(facts: Any) -> str | None:
+    """What of a run.json cannot be, in a few words."""
+    if not isinstance(facts, dict):
+        return "not a JSON object"
+    kinds = {"command": str, "options": dict, "model": str, "base": str, "base_hash": str, "bits": int, "hashes": (dict, type(None)), "base_gguf": (str, type(None)), "ladder": (list, type(None))}
+    facts.setdefault("options", {})
+    if odd := [key for key, kind in kinds.items() if (key in facts or key == "command") and not isinstance(facts.get(key), kind)]:
+        return f"{odd[0]} is {'missing' if odd[0] not in facts else type(facts[odd[0]]).__name__}"
+    form = facts.get("form")
+    texts = isinstance(form, dict) and [*(form.get("spans") or ["?"]), *(form.get("hints") or ["?"]), form.get("label"), form.get("reply"), form.get("system")]
+    if form is not None and not (texts and all(isinstance(t, str) for t in texts) and len(form["spans"]) == len(form["hints"]) and all(re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) for name in form["spans"])):
+        return "form is not one of spans, hints, label, reply and system"
+    return None
+
+
+def stay_inside(directory: Path) -> None:
+    """A link in a run directory that leads out of it would have us write or delete there: refused."""
+    home = directory.resolve()
+    for path in directory.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(f"{path}: a link that leads out of the directory; put the thing itself there")
+
+
+def lock_of(path: Path, taken: str):
+    """The lock of a directory, held until it is released or the process is gone, however it went. Raises UserError(taken)."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(taken) from None
+    return lock
+
+
+LONGEST_LINE = 16 << 20  # bytes
+
+
+def json_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, Any, str]]:
+    """(line number, value, "") of each line of a JSONL file that is not blank, or (number, None, what is wrong with it).
+
+    One line is in memory at a time, and none of more than 16 MB. BOM and CRLF are fine; U+2028 inside a text ends no line. NaN
+    is no JSON, half a surrogate pair is no text. Raises UserError where a line is not UTF-8 (not `strict`: it is wrong like others).
+    """
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON")
+
+    with open(path, "rb") as file:
+        number = 0
+        while raw := file.readline(LONGEST_LINE):
+            number += 1
+            if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, None, f"a line of over {LONGEST_LINE >> 20} MB"
+                continue
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                if strict:
+                    raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); convert it") from error
+                line = "\ufffd"
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line, parse_constant=refuse)
+                if r"\ud" in line or r"\uD" in line:
+                    json.dumps(value, ensure_ascii=False).encode()
+                yield number, value, ""
+            except UnicodeEncodeError:
+                yield number, None, "half a surrogate pair"
+            except RecursionError:
+                yield number, None, f"{line.strip()[:40]!r} (nested too deeply)"
+            except ValueError as error:
+                yield number, None, f"{line.strip()[:40]!r} ({str(getattr(error, 'msg', error))[:80]})"
+
+
 def write_text(path: Path, text: str) -> None:
     """To a temporary name, then renamed: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # with the name, which a full disk's error lacks
     finally:
         temporary.unlink(missing_ok=True)
 

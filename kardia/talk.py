@@ -6,9 +6,9 @@ person's text cannot carry span markers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
+from kardia.record import CONTROL, MARKER
 from kardia.rubric import Form
 from kardia.runs import UserError, say
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # escapes and what turns the direction of text
 CRISIS = "This is a small language model, not a counsellor. If you or somebody near you is in danger, call your local emergency number or a crisis line."
 HELP = """\
 /new               forget this talk and begin another
@@ -28,6 +28,11 @@ HELP = """\
 /profile TEXT      who is talking     /situation TEXT   what happened
 /save FILE.jsonl   add this talk to a file, as a row that `data check` takes
 /quit              end (so does an empty line, or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def harmless(text: str) -> str:
+    """What a person typed or pasted, without escapes and without span markers. A space takes a marker's place: what stood around it makes no new one."""
+    return MARKER.sub(" ", CONTROL.sub(" ", text)).strip()
 
 
 class Printer:
@@ -96,6 +101,8 @@ class Printer:
 def converse(dialogue, turn: Callable, stop: Callable[[], None], row: Callable[[Any], str]) -> None:
     """An open-ended talk. turn(dialogue, what was said, number, inner spans shown?) -> the longer dialogue; `stop()` ends an answer
     that Ctrl-C broke off; row(dialogue) -> its line for /save. `dialogue` is a record with person, situation and messages."""
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdin.reconfigure(errors="replace")  # a line in another encoding is no end of the talk
     say(f"{CRISIS}\nType /help for commands.")
     inner, turns = True, 0
     while (said := (ask_person() or "").strip()) not in ("", "/quit"):
@@ -107,7 +114,7 @@ def converse(dialogue, turn: Callable, stop: Callable[[], None], row: Callable[[
         elif command == "/inner":
             inner = not inner
         elif command in ("/profile", "/situation") and rest:
-            dialogue = dataclasses.replace(dialogue, **{"person" if command == "/profile" else "situation": CONTROL.sub(" ", rest)})
+            dialogue = dataclasses.replace(dialogue, **{"person" if command == "/profile" else "situation": harmless(rest)})
         elif command == "/save" and rest and dialogue.messages:
             save_row(Path(rest), row(dialogue))
             say(f"added to {rest}")

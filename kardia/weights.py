@@ -13,6 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from kardia.llama import check_gguf
+from kardia.record import brief
+
 
 class ExportError(RuntimeError):
     """An export that cannot be made or that lost what was trained: one line for the user."""
@@ -30,25 +33,43 @@ def atomic(path: Path) -> Path:
 
 def reason(error: BaseException) -> str:
     """The first line of an exception of somebody else's library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return brief((str(error).strip().splitlines() or [""])[0], 200) or type(error).__name__
+
+
+def small_json(path: Path, most: int):
+    """The value of a JSON file of at most `most` bytes. Raises ExportError."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"over {most >> 10:,} kB")
+        return json.loads(text.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: damaged ({reason(error)})") from error
 
 
 def read_gguf(path: Path):
-    """gguf's reader of a file; the last one is kept, for it takes seconds over a vocabulary and is asked for several times."""
-    return _reader(str(path), path.stat().st_mtime_ns)
+    """gguf's reader of a file that is whole; the last one is kept, for it takes seconds over a vocabulary and is asked for several times."""
+    return _reader(str(path), check_gguf(path).stat().st_mtime_ns)
 
 
 def gguf_value(reader, key: str):
     """A metadata value of a GGUF, None if it has it not."""
     found = reader.get_field(key)
-    return None if found is None else found.contents()
+    try:
+        return None if found is None else found.contents()
+    except Exception as error:  # a text that is not UTF-8, a list without an end
+        raise ExportError(f"damaged GGUF: its {brief(key)} cannot be read ({reason(error)})") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _reader(path: str, changed: int):
     import gguf
 
-    return gguf.GGUFReader(path)
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # on a damaged file it raises whatever numpy does
+        raise ExportError(f"{path}: damaged GGUF ({reason(error)})") from error
 
 
 # ---------------------------------------------------------------------------------- the LoRA
@@ -57,12 +78,19 @@ def _reader(path: str, changed: int):
 NOT_PLAIN = (
     "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "megatron_config",  # with it PEFT imports a module that the file names
 )  # fmt: skip
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+MODULE = re.compile(r"\w{1,60}(?:\.\w{1,60}){0,19}")
+# Of a stranger's regular expressions in alpha_pattern only those that no name can make slow: letters, dots, a few numbers. On an
+# odd name others take hours.
+HARMLESS = re.compile(r"\^?(?:[\w-]|\\?\.|(?:\\d|\[0-9\])\+?){1,200}\$?")
 
 
 def read_adapter(adapter: Path) -> tuple[dict, dict]:
-    """A PEFT adapter directory -> (adapter_config, tensors {module path: (A [r, in], B [out, r])} in float32).
+    """A PEFT adapter directory -> (its LoRA's r, lora_alpha, use_rslora, rank_pattern, alpha_pattern and target_modules, tensors
+    {module path: (A [r, in], B [out, r])} in float32). Patterns and targets name every module in full, as the tensors do:
+    nothing that a stranger wrote is left to be interpreted.
 
     Refused in one line: pickle (.bin), DoRA, modules_to_save and the like, which a merge or a GGUF LoRA would lose.
     """
@@ -70,29 +98,47 @@ def read_adapter(adapter: Path) -> tuple[dict, dict]:
 
     config_path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     if not config_path.is_file() or not weights.is_file():
-        hint = "adapter_model.bin is a pickle and is not read" if (adapter / "adapter_model.bin").is_file() else "adapter_config.json and adapter_model.safetensors are needed"
+        pickles = sorted(path.name for path in adapter.glob("adapter_model*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        hint = f"{brief(pickles[0])} is a pickle, which can run code, and is not read: save it as safetensors" if pickles else "adapter_config.json and adapter_model.safetensors are needed"
         raise ExportError(f"{adapter}: not a LoRA adapter ({hint})")
+    config = small_json(config_path, 1 << 20)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
         tensors = load_file(weights)
     except Exception as error:  # safetensors raises its own exception class for a damaged file
         raise ExportError(f"{adapter}: damaged adapter ({reason(error)})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ExportError(f"{adapter}: not a LoRA (peft_type {config.get('peft_type') if isinstance(config, dict) else config!r}); only LoRA can be merged here")
+        raise ExportError(f"{adapter}: not a LoRA (peft_type {brief(config.get('peft_type') if isinstance(config, dict) else config)!r}); only LoRA can be merged here")
     for key in NOT_PLAIN:
         if config.get(key):
             raise ExportError(f"{adapter}: {key} is not supported; train a plain LoRA")
     if config.get("bias", "none") != "none":
-        raise ExportError(f"{adapter}: trained biases (bias {config['bias']!r}) are not supported; train a plain LoRA")
-    if str(config.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
-        raise ExportError(f"{adapter}: init_lora_weights {config['init_lora_weights']!r} changes the base's own weights; train a plain LoRA")
-    if not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
-        raise ExportError(f"{adapter}: damaged adapter (adapter_config.json without r and lora_alpha)")
+        raise ExportError(f"{adapter}: trained biases (bias {brief(config['bias'])!r}) are not supported; train a plain LoRA")
+    if brief(config.get("init_lora_weights")).lower().startswith(CHANGES_THE_BASE):
+        raise ExportError(f"{adapter}: init_lora_weights {brief(config['init_lora_weights'])!r} changes the base's own weights; train a plain LoRA")
+    r, alpha, patterns = config.get("r"), config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(r, int) or isinstance(r, bool) or not 0 < r <= 1 << 16 or not _is_alpha(alpha):
+        raise ExportError(f"{adapter}: damaged adapter (adapter_config.json without r and lora_alpha: found {brief(r)} and {brief(alpha)})")
+    for key, value in patterns.items() if isinstance(patterns, dict) else [("", patterns)]:
+        if not HARMLESS.fullmatch(key) or key.count("+") > 4 or not _is_alpha(value):
+            raise ExportError(f"{adapter}: alpha_pattern {brief(key)!r}: {brief(value)} is not supported (names of modules with dots and \\d+, and a number)")
     pairs = lora_pairs(tensors, str(adapter))
+    if not pairs:
+        raise ExportError(f"{adapter}: damaged adapter (no LoRA in adapter_model.safetensors)")
     for module, (a, b) in pairs.items():
+        if not MODULE.fullmatch(module) or re.search(r"\d{7}", module):
+            raise ExportError(f"{adapter}: {brief(module)!r} is no name of a module")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ExportError(f"{adapter}: the LoRA of {module} holds NaN or infinite numbers: the training diverged; lower --learning-rate")
-    return config, pairs
+    alphas = {module: next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), alpha) for module in pairs}  # the first that matches, as in PEFT
+    return {
+        "r": r, "lora_alpha": alpha, "use_rslora": config.get("use_rslora") is True, "target_modules": sorted(pairs),
+        "rank_pattern": {module: a.shape[0] for module, (a, _) in pairs.items() if a.shape[0] != r},
+        "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
+    }, pairs  # fmt: skip
+
+
+def _is_alpha(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6
 
 
 def lora_pairs(tensors: dict, where: str = "LoRA") -> dict:
@@ -100,24 +146,28 @@ def lora_pairs(tensors: dict, where: str = "LoRA") -> dict:
     pairs: dict[str, dict[str, object]] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        if kind not in ("A", "B"):
-            raise ExportError(f"{where}: unexpected tensor {name!r} in a plain LoRA")
+        if kind not in ("A", "B") or kind in pairs.get(module, ()):
+            raise ExportError(f"{where}: unexpected tensor {brief(name)!r} in a plain LoRA")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ExportError(f"{where}: {brief(name)} is stored as {str(tensor.dtype).removeprefix('torch.')}; float32, float16 or bfloat16 is needed")
         pairs.setdefault(module, {})[kind] = tensor.float()
     for module, pair in pairs.items():
-        if len(pair) < 2 or pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ExportError(f"{where}: the LoRA of {module} is damaged (A and B do not fit together)")
+        if len(pair) < 2 or pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
+            raise ExportError(f"{where}: the LoRA of {brief(module)} is damaged (A and B do not fit together)")
     return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
 
 
 def lora_scale(config: dict, module: str, rank: int) -> float:
     """PEFT's scale of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). alpha_pattern may give a module its own
-    alpha (the first pattern that matches the end of its name, as in PEFT); `rank` is its A's, so rank_pattern needs no reading."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    alpha, by its whole name; `rank` is its A's, so rank_pattern needs no reading."""
+    alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 # ---------------------------------------------------------------------------------- the base
+
+
+PART = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")  # a plain name: nothing leads out of the directory
 
 
 def shards(directory: Path) -> dict[str, Path]:
@@ -127,10 +177,11 @@ def shards(directory: Path) -> dict[str, Path]:
 
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            found = {name: directory / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ExportError(f"{index}: damaged ({reason(error)})") from error
+        whole = small_json(index, 64 << 20)
+        names = whole.get("weight_map") if isinstance(whole, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(file, str) and PART.fullmatch(file) for file in names.values()):
+            raise ExportError(f"{index}: damaged (weight_map must name files beside it, tensor by tensor)")
+        found = {name: directory / file for name, file in names.items()}
         if missing := sorted({str(file) for file in found.values() if not file.is_file()}):
             raise ExportError(f"{missing[0]}: this part of the model is missing; download it again")
         return found
@@ -199,12 +250,20 @@ class Weights:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path]
 
+    def _asked(self, name: str, question):
+        from safetensors import SafetensorError
+
+        try:
+            return question(self._file(name))
+        except SafetensorError as error:  # the index names a tensor that is not there, or the file is damaged
+            raise ExportError(f"{self.files[name]}: damaged ({reason(error)})") from error
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._asked(name, lambda file: file.get_slice(name).get_shape()))
 
     def stored(self, name: str):
         """The base's own tensor, in its own dtype."""
-        return self._file(name).get_tensor(name)
+        return self._asked(name, lambda file: file.get_tensor(name))
 
     def changed(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.pairs or is_quantized(name, len(self.shape(name)), self.bits)

@@ -119,57 +119,76 @@ GGUF_KEYS = {
 }  # fmt: skip
 
 
+def make_template(directory, path, tokens=None, chat_template=None, metadata=None, like=None, tensors=None):
+    """A GGUF as someone else might have made of the same model, all its weights 0: metadata only counts.
+    Its tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF (`like`)."""
+    import json
+
+    import gguf
+    import numpy as np
+
+    from kardia import gguf_io
+    from kardia import weights as weights_
+    from kardia.weights import Weights
+
+    weights = Weights(directory)
+    config = json.loads((directory / "config.json").read_text())
+    architecture = gguf_io.architecture_of(config, "test")[0]
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, (name, kind) in GGUF_KEYS.items():
+        if config.get(key) is not None:
+            getattr(writer, f"add_{kind}")(f"{architecture}.{name}", config[key])
+    rope = config.get("rope_parameters") or {}
+    writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0))
+    writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
+    writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
+    if like:
+        for key, field in weights_.read_gguf(like).fields.items():
+            if key.startswith("tokenizer.") and key != "tokenizer.chat_template":
+                writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    else:
+        writer.add_tokenizer_model("llama" if tokens else "none")
+    if tokens:
+        pieces, scores, kinds = zip(*tokens)
+        writer.add_token_list(pieces)
+        writer.add_token_scores(scores)
+        writer.add_token_types(kinds)
+        for name in ("bos", "eos", "pad"):
+            getattr(writer, f"add_{name}_token_id")(config[f"{name}_token_id"])
+        writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+        writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    if chat_template:
+        writer.add_chat_template(chat_template)
+    for key, value in (metadata or {}).items():
+        writer.add_uint32(key, value)
+    for name, values in {**gguf_io.gguf_tensors(weights), **(tensors or {})}.items():
+        writer.add_tensor(name, np.zeros_like(values()) if callable(values) else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.fixture
 def template_of():
-    """template_of(directory, path): a GGUF as someone else might have made of the same model, all its weights 0: metadata only counts.
-    Its tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF (`like`)."""
+    """template_of(directory, path): see `make_template`."""
+    return make_template
 
-    def make(directory, path, tokens=None, chat_template=None, metadata=None, like=None, tensors=None):
-        import json
 
-        import gguf
-        import numpy as np
+@pytest.fixture(scope="session")
+def little(tmp_path_factory, embedded):
+    """A chat model in a GGUF whose every step takes a tenth of a second: a random llama with the embedded model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-        from kardia import gguf_io
-        from kardia import weights as weights_
-        from kardia.weights import Weights
+    from kardia import gguf_io
+    from kardia.weights import Weights, gguf_value, read_gguf
 
-        weights = Weights(directory)
-        config = json.loads((directory / "config.json").read_text())
-        architecture = gguf_io.architecture_of(config, "test")[0]
-        writer = gguf.GGUFWriter(path, architecture)
-        for key, (name, kind) in GGUF_KEYS.items():
-            if config.get(key) is not None:
-                getattr(writer, f"add_{kind}")(f"{architecture}.{name}", config[key])
-        rope = config.get("rope_parameters") or {}
-        writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0))
-        writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
-        writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
-        if like:
-            for key, field in weights_.read_gguf(like).fields.items():
-                if key.startswith("tokenizer.") and key != "tokenizer.chat_template":
-                    writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-        else:
-            writer.add_tokenizer_model("llama" if tokens else "none")
-        if tokens:
-            pieces, scores, kinds = zip(*tokens)
-            writer.add_token_list(pieces)
-            writer.add_token_scores(scores)
-            writer.add_token_types(kinds)
-            for name in ("bos", "eos", "pad"):
-                getattr(writer, f"add_{name}_token_id")(config[f"{name}_token_id"])
-            writer.add_bool("tokenizer.ggml.add_space_prefix", False)
-            writer.add_bool("tokenizer.ggml.add_bos_token", True)
-        if chat_template:
-            writer.add_chat_template(chat_template)
-        for key, value in (metadata or {}).items():
-            writer.add_uint32(key, value)
-        for name, values in {**gguf_io.gguf_tensors(weights), **(tensors or {})}.items():
-            writer.add_tensor(name, np.zeros_like(values()) if callable(values) else values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return make
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("llama", **sizes, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=2, bos_token_id=1, eos_token_id=2)
+    path = tmp_path_factory.mktemp("little")
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path / "hf")
+    template = make_template(path / "hf", path / "template.gguf", like=embedded.template, chat_template=gguf_value(read_gguf(embedded.template), "tokenizer.chat_template"))
+    return gguf_io.write_gguf(template, path / "little.gguf", "bf16", gguf_io.gguf_tensors(Weights(path / "hf")))

@@ -1,6 +1,7 @@
 """Every expected mistake is one clear line and exit 1 or 2, never a traceback, and leaves nothing behind."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -51,7 +52,7 @@ def answer(value):
         (lambda v: v["messages"].reverse(), None, ["rows.jsonl:2", "roles alternate and the user begins"]),
         (lambda v: v.update(emotion="gloomy"), None, ["rows.jsonl:2", "'gloomy'", "labels in rubrics.yaml"]),
         (lambda v: answer(v).update(content=answer(v)["content"].replace("<|reasoning_begin|>", "")), None, ["rows.jsonl:2", "<|reasoning_begin|> is missing"]),
-        (lambda v: answer(v).update(content="".join(reversed(k.re.findall(r"<\|\w+_begin\|>.*?<\|\w+_end\|>", answer(v)["content"])))), None, ["rows.jsonl:2", "out of order"]),
+        (lambda v: answer(v).update(content="".join(reversed(re.findall(r"<\|\w+_begin\|>.*?<\|\w+_end\|>", answer(v)["content"])))), None, ["rows.jsonl:2", "out of order"]),
     ],
     ids=["malformed JSON", "wrong role order", "unknown emotion", "missing span", "reordered spans"],
 )

@@ -43,7 +43,7 @@ def both_ways(model, ids, mask, keep, temperature=0.9):
 
     ours = k.make_grpo_trainer_class()
     trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda m: m, autocast=contextlib.nullcontext), temperature=temperature, share_prefix=True,
-                              model_kwarg_keys={"logits_to_keep"}, _entropy_bonus_enabled=False)  # fmt: skip
+                              model_kwarg_keys={"logits_to_keep"}, _entropy_bonus_enabled=False, ladder=k.Ladder(8))  # fmt: skip
     trainer._group_logps = lambda *a: ours._group_logps(trainer, *a)
     completion = mask[:, -keep:].float()
     weights = torch.randn(completion.shape, generator=torch.Generator().manual_seed(3)) * completion
