@@ -44,8 +44,8 @@ means stands in kardia/live.py and in the README.
 
 Read this file from top to bottom; it is in the order in which a run happens: spans, data, options, policy, SFT, rewards,
 GRPO, evaluation, export and chat, commands. The folder kardia/ holds what a first reader may skip: rows that share a
-prompt, the wall to llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, the live view,
-alarms, statistics, the report.
+prompt, the wall to llama.cpp, the judge and its exam, GGUF in and out, the rubric's checks, run directories, checkpoints,
+what to give up when memory runs out, strangers' chat templates, the live view, alarms, statistics, the report.
 """
 
 from __future__ import annotations
@@ -1652,7 +1652,7 @@ def data_import(source: str, format_: str, out: Path | None, split: str, rubric:
 
 @cli.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Run directory to make.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted or killed run from its newest whole checkpoint (or begin).")
 @options(SFTOptions)
 def sft(options: SFTOptions, out: Path, resume: bool) -> None:
     """Teach the four-span answer, from dialogues.
@@ -1671,7 +1671,7 @@ def sft(options: SFTOptions, out: Path, resume: bool) -> None:
 @cli.command()
 @click.option("--from", "source", required=True, type=click.Path(path_type=Path), metavar="RUN", help="SFT (or GRPO) run to go on from.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="Run directory to make.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted or killed run from its newest whole checkpoint (or begin).")
 @options(GRPOOptions)
 def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
     """Reinforce the better of its own answers.
