@@ -68,7 +68,7 @@ from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torc
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, made_once, quiet, resolve_base, strangers_files
 from kardia.guards import guard
 from kardia.judge import Item, Judge, reading, weighted
-from kardia.ladder import Ladder, Retrying, rungs_of
+from kardia.ladder import ORDER, Ladder, Retrying, rungs_of
 from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.memory import compute_dtype, proof_dtype
 from kardia.record import find_span
@@ -1551,7 +1551,7 @@ def doctor(model: str, group_size: int, bits: str | None) -> None:
     click.echo(f"memory plan {model}, {used} bits, GRPO with {group_size} answers of up to {completion} tokens after a prompt of {prompt}:")
     for name, gb in terms.items():
         click.echo(f"            {gb:6.2f} GB  {name}")
-    click.echo(f"            {sum(terms.values()):6.2f} GB  in all")
+    click.echo(f"            {sum(terms.values()):6.2f} GB  in all, of {memory.available_gb():.2f} GB free; a run that meets its limit gives up {ORDER}, in this order")
 
 
 @cli.group()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kardia import clients, gguf_io
 from kardia.record import brief
-from kardia.runs import file_hash, write_text
+from kardia.runs import file_hash, lock_of, unlock, write_text
 from kardia.weights import ExportError, Weights, atomic, read_gguf, small_json, write_merged
 
 FORMATS = ("merged", "lora", "modelfile")  # and every type of GGUF
@@ -181,12 +181,15 @@ class Exporter:
         write_text(self.target / "export.json", json.dumps(book, indent=2, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "Exporter":
+        self.target.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_of(self.target / ".lock", f"{self.target}: another process is exporting into it; wait for it, or choose another --to")
         shutil.rmtree(self.work, ignore_errors=True)  # of a killed one
         self.work.mkdir(parents=True)
         return self
 
     def __exit__(self, *_) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+        unlock(self.lock)
 
 
 def write_chat_template(directory: Path, template: str) -> None:
@@ -226,7 +229,7 @@ def book_of(target: Path, identity: dict) -> dict:
         if not same:
             raise ExportError(f"{target}: holds the export of another run or with other settings ({brief(book.get('run'))}); choose another --to")
         return book
-    if target.is_dir() and (others := sorted(p.name for p in target.iterdir() if p.name != ".part")):
+    if target.is_dir() and (others := sorted(p.name for p in target.iterdir() if p.name not in (".part", ".lock"))):
         raise ExportError(f"{target}: exists already and is not an export of this run ({others[0]}); choose another --to")
     return {"identity": identity, "formats": {}}
 

@@ -22,6 +22,7 @@ from kardia.runs import UserError, say
 from kardia.weights import reason
 
 LEAST_CHUNK = 8
+ORDER = "micro-batch, logits chunk, completion length, group size"
 
 
 @dataclass

@@ -165,28 +165,36 @@ class Run:
             lock = lock_of(path / ".lock", f"{path}: another process is working on this run; wait for it, or stop it")
         except OSError as error:
             raise UserError(f"{path}: cannot be made or written to ({error.strerror})") from error
-        if resume and new:
-            say(f"{path}: nothing to go on with there; beginning")
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-        if new:
-            write_json(path / "run.json", {"command": command, "options": asked, "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts})
-        run = cls(path)
-        run._lock = lock
-        free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
-        if changed := [k for k, v in asked.items() if run.facts["options"].get(k) != v and k not in free]:
-            raise UserError(f"{path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {run.facts['options'].get(changed[0])!r}); repeat the run's own options")
-        before = run.facts.get("hashes") or {}
-        if other := [name for name, value in facts.get("hashes", {}).items() if before.get(name, value) != value]:
-            raise UserError(f"{path}: --resume, but the {other[0]} is not what it was when the run began ({before[other[0]]}, now {facts['hashes'][other[0]]}); put the old one back, or begin another run")
+        run = cls.__new__(cls)
+        run.path, run._lock = path, lock
+        try:
+            asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+            if resume and new:
+                say(f"{path}: nothing to go on with there; beginning")
+            if new:
+                write_json(path / "run.json", {"command": command, "options": asked, "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts})
+            run.facts = cls(path).facts
+            run._same(options, asked, facts.get("hashes", {}))
+        except BaseException:
+            run.__exit__()
+            raise
         return run
+
+    def _same(self, options: Any, asked: dict[str, Any], hashes: dict[str, str]) -> None:
+        """Raises UserError unless the run was asked for the same, with the same files."""
+        free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
+        if changed := [k for k, v in asked.items() if self.facts["options"].get(k) != v and k not in free]:
+            raise UserError(f"{self.path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {self.facts['options'].get(changed[0])!r}); repeat the run's own options")
+        before = self.facts.get("hashes") or {}
+        if other := [name for name, value in hashes.items() if before.get(name, value) != value]:
+            raise UserError(f"{self.path}: --resume, but the {other[0]} is not what it was when the run began ({before[other[0]]}, now {hashes[other[0]]}); put the old one back, or begin another run")
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_) -> None:
         if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)
-            self._lock.release()
+            unlock(self._lock)
             self._lock = None
 
     @property
@@ -257,6 +265,12 @@ def lock_of(path: Path, taken: str):
     except Timeout:
         raise UserError(taken) from None
     return lock
+
+
+def unlock(lock) -> None:
+    """Give a lock of `lock_of` back, and leave no file."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 LONGEST_LINE = 16 << 20  # bytes

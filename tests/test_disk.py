@@ -213,11 +213,31 @@ def test_two_processes_on_one_run(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
+@unix
+def test_two_exports_into_one_directory(tmp_path):
+    held = runs.lock_of(tmp_path / ".lock", "x")
+
+    class Exporter(k.export.Exporter):
+        def __init__(self, target):
+            self.target, self.work = target, target / ".part"
+
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "half.gguf").write_text("somebody else's")
+    with pytest.raises(k.UserError, match="another process is exporting into it"), Exporter(tmp_path):
+        pass
+    assert (tmp_path / ".part" / "half.gguf").exists()
+    runs.unlock(held)
+    with Exporter(tmp_path):
+        assert not list((tmp_path / ".part").iterdir())  # of a killed one
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_wants_the_same_files(tmp_path):
     k.Run.create(tmp_path / "run", "sft", k.SFTOptions(), resume=False, hashes={"data": "aaaa", "model": "m"}).__exit__()
     k.Run.create(tmp_path / "run", "sft", k.SFTOptions(), resume=True, hashes={"data": "aaaa", "model": "m"}).__exit__()
     with pytest.raises(k.UserError, match="the data is not what it was when the run began .aaaa, now bbbb"):
         k.Run.create(tmp_path / "run", "sft", k.SFTOptions(), resume=True, hashes={"data": "bbbb", "model": "m"})
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
 def test_resume_where_there_is_nothing_begins(tmp_path, capsys):
