@@ -104,7 +104,7 @@ def make_ours(work: Work, worker: Worker):
             return worker.rollout(prompts, stop=[], **more)
 
     run = type("Folder", (), {"path": work.folder / "ours", "append": lambda *_: None})()
-    rollouts = k.Rollouts(FixedLength(), work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run)
+    rollouts = k.Rollouts(FixedLength(), work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run, k.live.Board("bench"))
     return work.trainer(k.make_grpo_trainer_class(), "ours", reward, "llama", rollout_func=rollouts)
 
 

@@ -51,7 +51,7 @@ def child(arguments) -> None:
             k.load_for_rollouts(worker, work.base.gguf(16))
             work.folder.joinpath("ours").mkdir()
             run = type("Folder", (), {"path": work.folder / "ours", "append": lambda *_: None})()
-            rollouts = k.Rollouts(worker, work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run)
+            rollouts = k.Rollouts(worker, work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run, k.live.Board("bench"))
             trainer = work.trainer(k.make_grpo_trainer_class(), "ours", short_words, "llama", rollout_func=rollouts)
         else:
             trainer = work.trainer(GRPOTrainer, "plain", short_words, "hf")
