@@ -229,3 +229,13 @@ def test_a_resumed_run_stands_on_its_rung(tmp_path):
     for step, here in ((1, (8, 256)), (2, (2, 256)), (3, (2, 256)), (6, (2, 192))):
         trainer.ladder.recall(step)
         assert (trainer.ladder.passes, trainer.ladder.tokens) == here
+
+
+def test_the_report_says_what_was_given_up(tmp_path):
+    from kardia import report
+
+    rungs = [{"step": 2, "passes": 4, "chunk": 128, "tokens": 256, "group": 8, "why": "micro-batch 8 -> 4 (CUDA out of memory <b>)"}]
+    (tmp_path / "run.json").write_text(json.dumps({"command": "grpo", "options": {}, "memory_plan": {"activations": 2.0}, "ladder": rungs}))
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reward": 0.1}\n')
+    page = report.write_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "from step 2: micro-batch 8 -&gt; 4 (CUDA out of memory &lt;b&gt;)" in page
