@@ -148,20 +148,23 @@ class Retrying:
         return ", ".join(f"{name} {here[key]}" for key, name in (("passes", "micro-batch"), ("chunk", "logits chunk"), ("tokens", "completion length"), ("group", "group size")) if here[key])
 
     def _rehearse(self, model) -> None:
-        self._rehearsed, began, size = True, time.monotonic(), [0]
+        self._rehearsed, began = True, time.monotonic()
 
         def work():
             inputs, items = self.largest_pass()
-            size[0] = next(iter(inputs.values())).numel() if "completion_ids" not in inputs else sum(inputs[key].numel() for key in ("prompt_ids", "completion_ids"))
             super(Retrying, self).training_step(model, inputs, items)
+            if "completion_ids" not in inputs:
+                return inputs["input_ids"].numel()
+            prompts = inputs["prompt_ids"][:1] if getattr(self, "share_prefix", False) else inputs["prompt_ids"]  # shared: computed once
+            return prompts.numel() + inputs["completion_ids"].numel()
 
-        self._until_it_fits(model, work, lambda: None)
+        tokens = self._until_it_fits(model, work, lambda: None)
         model.zero_grad(set_to_none=True)
         self._forget(everything=True)
         if hasattr(self, "_current_train_step_time"):
             self._current_train_step_time = 0.0
         seconds = time.monotonic() - began
-        say(f"  the largest pass first: {self._here()}; {size[0]:,} tokens fit, {memory.used_gb():.1f} GB in use, {seconds:.1f} s")
+        say(f"  the largest pass first: {self._here()}; {tokens:,} tokens fit, {memory.used_gb():.1f} GB in use, {seconds:.1f} s")
         self.on_rehearsed(seconds)
 
     def _counts(self) -> dict[str, Any]:
