@@ -444,7 +444,7 @@ def put_on(model, adapter: Path, name: str):
     last = {module.rpartition(".")[2] for module in pairs}
     named = [module for module, _ in model.named_modules() if module.rpartition(".")[2] in last]
     config = LoraConfig(r=told["r"], lora_alpha=told["lora_alpha"], target_modules=sorted(last) if len(named) == len(pairs) else sorted(pairs), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-                        use_rslora=bool(told.get("use_rslora")), rank_pattern=told.get("rank_pattern") or {}, alpha_pattern=told.get("alpha_pattern") or {})  # fmt: skip
+                        use_rslora=told["use_rslora"], rank_pattern=told["rank_pattern"], alpha_pattern=told["alpha_pattern"])  # fmt: skip
     tensors = {f"base_model.model.{module}.lora_{kind}.weight": tensor for module, pair in pairs.items() for kind, tensor in zip("AB", pair)}
     try:
         model = get_peft_model(model, config)
@@ -590,8 +590,8 @@ def climb(run: Run, trainer, ladder: Ladder) -> Path | None:
     """Give the trainer its ladder, on the rung where an interrupted run stood. Returns the checkpoint to go on from."""
     checkpoint = keep.newest(run)
     ladder.rungs, here = rungs_of(run.facts, keep.step_of(checkpoint) if checkpoint else 0)
-    for name in ("passes", "chunk", "tokens", "group") if here else ():
-        setattr(ladder, name, here[name])
+    if here:
+        ladder.stand_on(here)
     trainer.ladder, trainer.on_rung = ladder, lambda rungs: run.update(ladder=rungs)
     return checkpoint
 
@@ -846,7 +846,8 @@ def make_grpo_trainer_class():
             begun = self._kept["step"]
             self._step, parts = begun + index, self.args.steps_per_generation
             self.model.train()
-            if self._step % (parts * self.num_iterations) == 0 and index == 0 and self._drawn is None or self._buffered_inputs is None:
+            due = self._step % (parts * self.num_iterations) == 0 and self._drawn is None
+            if due or self._buffered_inputs is None:
                 self._buffered_inputs = self._generate_and_score_completions(inputs)
                 self._drawn = self._counts()
             batch, part = self._buffered_inputs, self._step % parts

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from kardia import memory
@@ -22,7 +22,8 @@ from kardia.runs import UserError, say
 from kardia.weights import reason
 
 LEAST_CHUNK = 8
-ORDER = "micro-batch, logits chunk, completion length, group size"
+PARTS = {"passes": "micro-batch", "chunk": "logits chunk", "tokens": "completion length", "group": "group size"}  # in the order in which they are given up
+ORDER = ", ".join(PARTS.values())
 
 
 @dataclass
@@ -55,24 +56,26 @@ class Ladder:
             self.passes = min(self.passes, self.group)
         else:
             return None
-        self.rungs.append({"step": step, **self._here(), "why": f"{told} ({why})"})
+        self.rungs.append({"step": step, **self.here(), "why": f"{told} ({why})"})
         return told
 
     def recall(self, step: int) -> None:
         """The rung of a step that was done before a resume: it is done again where it was."""
         for rung in self.rungs:
             if rung["step"] == step:
-                for name in self._here():
-                    setattr(self, name, rung[name])
+                self.stand_on(rung)
 
-    def _here(self) -> dict[str, int | None]:
-        return {name: asdict(self)[name] for name in ("passes", "chunk", "tokens", "group")}
+    def stand_on(self, rung: dict[str, Any]) -> None:
+        self.passes, self.chunk, self.tokens, self.group = (rung.get(name) for name in PARTS)
+
+    def here(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in PARTS}
 
 
 def rungs_of(facts: dict[str, Any], step: int) -> tuple[list[dict], dict | None]:
     """(rungs in a run.json, the one that holds at `step`). Raises UserError for what is no rung."""
     rungs = facts.get("ladder") or []
-    if not all(isinstance(rung, dict) and all(rung.get(key) is None or isinstance(rung.get(key), int) and 0 < rung[key] < 2**31 for key in ("step", "passes", "chunk", "tokens", "group")) and rung.get("step") and rung.get("passes") for rung in rungs):
+    if not all(isinstance(rung, dict) and all(rung.get(key) is None or isinstance(rung.get(key), int) and 0 < rung[key] < 2**31 for key in ("step", *PARTS)) and rung.get("step") and rung.get("passes") for rung in rungs):
         raise UserError("run.json: damaged (ladder)")
     return rungs, max((rung for rung in rungs if rung["step"] <= step), key=lambda rung: rung["step"], default=None)
 
@@ -144,8 +147,7 @@ class Retrying:
             again()
 
     def _here(self) -> str:
-        here = self.ladder._here()
-        return ", ".join(f"{name} {here[key]}" for key, name in (("passes", "micro-batch"), ("chunk", "logits chunk"), ("tokens", "completion length"), ("group", "group size")) if here[key])
+        return ", ".join(f"{PARTS[name]} {value}" for name, value in self.ladder.here().items() if value)
 
     def _rehearse(self, model) -> None:
         self._rehearsed, began = True, time.monotonic()

@@ -165,19 +165,18 @@ class Run:
             lock = lock_of(path / ".lock", f"{path}: another process is working on this run; wait for it, or stop it")
         except OSError as error:
             raise UserError(f"{path}: cannot be made or written to ({error.strerror})") from error
-        run = cls.__new__(cls)
-        run.path, run._lock = path, lock
         try:
             asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
             if resume and new:
                 say(f"{path}: nothing to go on with there; beginning")
             if new:
                 write_json(path / "run.json", {"command": command, "options": asked, "seed": options.seed, "versions": versions(), "machine": machine(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "status": "running", **facts})
-            run.facts = cls(path).facts
+            run = cls(path)
             run._same(options, asked, facts.get("hashes", {}))
         except BaseException:
-            run.__exit__()
+            unlock(lock)
             raise
+        run._lock = lock
         return run
 
     def _same(self, options: Any, asked: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """Full disks, read-only places, damaged checkpoints, strangers' checkpoints, second processes: one line, and nothing is lost."""
 
-import contextlib
 import json
 import os
 import pickle
@@ -114,7 +113,7 @@ def test_read_only_places_and_missing_permission(little, small_disk, tmp_path):
         os.chmod(tmp_path, 0o755)
         os.seteuid(65534)
         try:
-            with contextlib.suppress(PermissionError), pytest.raises(k.UserError, match="cannot be made or written to .Permission denied"):
+            with pytest.raises((k.UserError, PermissionError), match="Permission denied"):
                 k.Run.create(locked / "run", "sft", k.SFTOptions(), resume=False)
             with pytest.raises((k.UserError, PermissionError)):
                 k.Run.create(tmp_path / "run", "sft", k.SFTOptions(), resume=False)

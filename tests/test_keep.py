@@ -1,6 +1,5 @@
 """A run is not lost: killed anywhere it goes on to the same adapter; bad checkpoints, full disks and second processes get one line."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -37,14 +36,6 @@ def readable(score):
         return rewards
 
     return scores
-
-
-@contextlib.contextmanager
-def patched(thing, name, wrap):
-    before = getattr(thing, name)
-    setattr(thing, name, wrap(before))
-    yield
-    setattr(thing, name, before)
 
 
 PLACES = {  # what is going on when the blow falls: where the function lives that does it

@@ -19,7 +19,7 @@ VALUES = st.one_of(st.sampled_from(ODD), st.integers(-(10**12), 10**12).map(str)
 def reached(monkeypatch):
     """The commands up to the point where work would begin."""
     seen = []
-    for name in ("train_sft", "train_grpo", "evaluate", "export_run", "train_judge"):
+    for name in ("train_sft", "train_grpo", "export_run", "train_judge"):
         monkeypatch.setattr(k, name, lambda options, *a, **m: (_ for _ in ()).throw(k.UserError(f"reached {seen.append(options) or ''}")))
     monkeypatch.setattr(k, "evaluate", lambda models, options, target: (_ for _ in ()).throw(k.UserError(f"reached {seen.append(options) or ''}")))
     monkeypatch.setattr(k, "start", lambda *a: None)
