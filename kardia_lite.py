@@ -63,7 +63,7 @@ from typing import Any
 
 import click
 
-from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, keep, live, memory, packing, record, report, talk
+from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, keep, live, memory, packing, record, report, talk, together
 from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torch_answers, torch_logits
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, made_once, quiet, resolve_base, strangers_files
 from kardia.guards import guard
@@ -357,7 +357,9 @@ def choose_engine(engine: str) -> str:
     """auto -> unsloth where CUDA and unsloth are present. Imports unsloth first: it patches trl, peft and transformers as they load."""
     from importlib.util import find_spec
 
-    available = find_spec("unsloth") is not None and memory.has_gpu()
+    if engine == "unsloth" and together.size() > 1:
+        raise UserError("--engine unsloth trains in one process; --engine transformers takes several")
+    available = find_spec("unsloth") is not None and memory.has_gpu() and together.size() == 1
     if engine == "unsloth" and not available:
         raise UserError("--engine unsloth needs an NVIDIA GPU and `pip install -r requirements-gpu.txt`; --engine transformers works everywhere")
     if engine == "auto":
@@ -375,6 +377,8 @@ def start(options: CommonOptions, *local: str) -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # their progress bars would cut through our lines
+    if together.size() == 1:  # one GPU; transformers would spread a batch over all it sees, llama.cpp a model's layers
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if options.offline or all(name == EMBEDDED or Path(name).exists() for name in local):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     memory.keep_freed_pages()
@@ -425,7 +429,7 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
     quantization, dtype = None, dtype or compute_dtype()
     if bits == 4:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    device = {"": 0} if torch.cuda.is_available() else None
+    device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
     with strangers_files(base.name, "model"):
         model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map=device, use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = False
@@ -566,10 +570,11 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
     if not examples:
         raise UserError(f"{options.data}: no dialogue fits into --max-length {options.max_length}")
     tokens = sum(len(ids) for ids, _ in examples)
-    micro = min(options.micro_batch, options.batch_size)
-    accumulate = max(1, round(options.batch_size / micro))
+    processes = together.size()
+    micro = min(options.micro_batch, max(1, options.batch_size // processes))
+    accumulate = max(1, round(options.batch_size / micro / processes))
     say(f"SFT on {len(examples)} examples of {len(rows)} dialogues ({tokens:,} tokens, {sum(sum(t != -100 for t in labels) for _, labels in examples):,} trained), {engine}, {bits} bits; "
-        f"{micro} dialogues x {accumulate} micro-batches = {micro * accumulate} per step")  # fmt: skip
+        f"{micro} dialogues x {accumulate} micro-batches{f' x {processes} processes' * (processes > 1)} = {micro * accumulate * processes} per step")  # fmt: skip
     data = [{"input_ids": ids, "labels": labels} for ids, labels in examples]
     longest = sorted(data, key=lambda row: -len(row["input_ids"]))[:micro]
     run.update(memory_plan=plan_memory(base, bits, options.lora_rank, sum(len(row["input_ids"]) for row in longest)))
@@ -581,13 +586,19 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
     hindrance = packing.enable(model.base_model.model) if engine == "transformers" else "its own kernels"
     if hindrance:
         say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
+    blank = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [-100] * 2}  # teaches nothing; so that all processes have as many
+    data += [blank] * (-len(data) % (micro * processes) if processes > 1 else 0)
     trainer = make_sft_trainer_class(packed=not hindrance)(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, data_collator=None if hindrance else side_by_side)
+    trainer.examples = len(examples)
+    if hindrance:
+        together.guard_forward(model.base_model.model, memory.out_of_memory)
     trainer.longest = longest
     keep.finish(run, trainer, climb(run, trainer, Ladder(micro, None if hindrance else 128)))
 
 
 def climb(run: Run, trainer, ladder: Ladder) -> Path | None:
     """Give the trainer its ladder, on the rung where an interrupted run stood. Returns the checkpoint to go on from."""
+    together.join(trainer)
     checkpoint = keep.newest(run)
     ladder.rungs, here = rungs_of(run.facts, keep.step_of(checkpoint) if checkpoint else 0)
     if here:
@@ -612,6 +623,7 @@ def make_sft_trainer_class(packed: bool = True):
 
     class KardiaSFTTrainer(Retrying, SFTTrainer):
         longest: list[dict] = []  # a micro-batch of the longest examples
+        examples = 0  # in the dataset, before blank ones
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if not packed:
@@ -620,14 +632,22 @@ def make_sft_trainer_class(packed: bool = True):
             causal_lm = self.accelerator.unwrap_model(model).base_model.model  # inside the PeftModel
             trained = (labels != -100).nonzero()[:, 0]
             row = packing.pack(ids[:0], ids.split(inputs["lengths"]))
-            with self.accelerator.autocast():
-                logps, entropies, right = row.logps(causal_lm, trained - 1, labels[trained], chunk=self.ladder.chunk if self.ladder else 128)
-            for name, values in (("entropy", entropies), ("mean_token_accuracy", right)):
-                self._metrics["train"][name].append(values.mean().item())
-            self._total_train_tokens += len(ids)
+
+            def work():
+                with self.accelerator.autocast():
+                    return row.logps(causal_lm, trained - 1, labels[trained], chunk=self.ladder.chunk if self.ladder else 128)
+
+            logps, entropies, right = together.all_or_none(work, memory.out_of_memory)
+            entropy, correct, count, tokens = together.sums([entropies.sum().item(), right.sum().item(), len(trained), len(ids)])
+            for name, value in (("entropy", entropy), ("mean_token_accuracy", correct)):
+                self._metrics["train"][name].append(value / max(1, count))
+            self._total_train_tokens += tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             shares = self.accelerator.num_processes if num_items_in_batch is not None else 1  # the count is of all processes, the gradient their mean
             return -logps.sum() / (len(trained) if num_items_in_batch is None else num_items_in_batch) * shares
+
+        def _get_train_sampler(self, *arguments):
+            return together.in_one_order(self.examples, self.args.data_seed, len(self.train_dataset)) if together.size() > 1 else super()._get_train_sampler(*arguments)
 
         def passes_of(self, inputs, index):
             n, lengths = self.ladder.passes, inputs.get("lengths") or [1] * len(inputs["input_ids"])  # in a padded batch a dialogue is one row
@@ -763,15 +783,20 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
     referee = Judge(worker, path, rubric, gpu_layers, lora=adapter, identity=identity, cache=cache_directory() / "scores.sqlite")
     hashes = identity, rubric.hash, file_hash(pairs_path) if pairs_path.is_file() else "missing"
     cached = cache_directory() / f"exam-{'-'.join((*hashes, reading(), *sorted(methods)))}.json"
-    if cached.exists():
-        result = json.loads(cached.read_text())
-    else:
+
+    def sit() -> None:
         pairs = exam.load_pairs(pairs_path, [c.name for c in rubric.criteria])
         say(f"examining the judge {path.name} on {len(pairs)} pairs (once per judge, rubric and exam)")
         with progress("pairs", len(pairs)) as at:
             result = exam.run_exam(referee, pairs, *hashes, progress=at, methods=methods)
         result.update(judge=judge if judge == EMBEDDED else path.name, lora=adapter.name if adapter else None)  # not the cache's name for it
         write_json(cached, result)
+
+    if not cached.exists():
+        with made_once(cached):  # of processes that train together, one sits it
+            if not cached.exists():
+                sit()
+    result = json.loads(cached.read_text())
     exam.apply(referee, result)
     return referee, result
 
@@ -829,6 +854,7 @@ def make_grpo_trainer_class():
         trust_sampler = False  # sampler's log-probs as the old ones: the clipped ratio then corrects for other weights
         record = None  # called with the step's rollouts once their advantages are known
         inspecting = False  # this step's log-probs are kept, to be compared with those after it
+        alone = False  # this process computes log-probs that the others do not
         longest: list[int] = []  # the longest prompt
 
         def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
@@ -876,6 +902,13 @@ def make_grpo_trainer_class():
                 self._buffered_inputs = self._drawn = None
             return self._buffered_inputs is None
 
+        def together(self, work):
+            """What may run out of memory and is followed by TRL's exchange of numbers between processes."""
+            return work() if self.alone else together.all_or_none(work, memory.out_of_memory)
+
+        def _generate_single_turn(self, *arguments, **more):
+            return self.together(lambda: super(KardiaGRPOTrainer, self)._generate_single_turn(*arguments, **more))
+
         def _generate_and_score_completions(self, inputs):
             G = self.args.num_generations  # in each prompt's block of the dataloader; of a smaller group the first ones are taken
             inputs, self.drawing = [row for i, row in enumerate(inputs) if i % G < self.num_generations], True
@@ -890,7 +923,7 @@ def make_grpo_trainer_class():
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
             compute = self._packed_logps if self.share_prefix else super()._get_per_token_logps_and_entropies
-            logps, entropies, *rest = compute(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs)
+            logps, entropies, *rest = self.together(lambda: compute(model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **kwargs))
             if self.inspecting and torch.is_grad_enabled() and logps is not None:  # None: an engine whose loss computes its own
                 self.seen.append((input_ids, attention_mask, logits_to_keep, logps.detach()))
             return (logps, entropies, *rest)
@@ -929,7 +962,7 @@ def moved_logps(trainer, first: int, last: int) -> list[tuple[list[int], list[fl
     """(token ids, log-probs before the optimizer step, after it) of the inspected step's answers first..last-1, when it is done."""
     import torch
 
-    out, row = [], 0
+    out, row, trainer.alone = [], 0, True
     for ids, mask, width, before in trainer.seen:
         if first <= row < last:
             with torch.no_grad(), trainer.accelerator.autocast():
@@ -937,25 +970,31 @@ def moved_logps(trainer, first: int, last: int) -> list[tuple[list[int], list[fl
             for tokens, real, *logps in zip(ids[:, -width:], mask[:, -width:].bool(), before, after):
                 out.append((tokens[real].tolist(), *(values[real].tolist() for values in logps)))
         row += len(ids)
+    trainer.alone = False
     return out
 
 
 class Rollouts:
     """TRL's `rollout_func`: this step's LoRA to llama.cpp, then one batched rollout per call, the scores of what came back, and
-    the flight recorder: every answer goes to completions.jsonl; of an inspected step, also what the update did to its tokens."""
+    the flight recorder: every answer goes to completions.jsonl; of an inspected step, also what the update did to its tokens.
+    Of several processes each draws whole groups and has them judged by a worker of its own; the first one writes for all."""
 
     def __init__(self, worker: Worker, renderer: Renderer, dialogues: list[Dialogue], options: GRPOOptions, rubric: Rubric, judge: Judge | None, base: Base, run: Run, board: live.Board) -> None:
         self.worker, self.renderer, self.dialogues, self.options = worker, renderer, dialogues, options
         self.board, self.records, self.trainer = board, [], None
         self.rubric, self.judge, self.base, self.run = rubric, judge, base, run
         self.base_config = json.loads((base.directory / "config.json").read_text())
-        self.lora = run.path / ".rollout-lora.gguf"
+        self.lora = run.path / f".rollout-lora{together.rank() or ''}.gguf"
         self.times = {"rollout": 0.0, "judge": 0.0}
         self.drawn = 0  # tokens of the step's answers
         self.scored: tuple[Any, list[Reward]] = (None, [])
+        self.first_group = 0
 
     def __call__(self, prompts: list, trainer) -> dict[str, list]:
         """prompts: chats, each repeated G times in a row -> {"prompt_ids", "completion_ids", "logprobs"}, one entry per chat."""
+        return together.all_or_none(lambda: self._draw(prompts, trainer), memory.out_of_memory)
+
+    def _draw(self, prompts: list, trainer) -> dict[str, list]:
         from peft import get_peft_model_state_dict
 
         began = time.monotonic()
@@ -965,8 +1004,8 @@ class Rollouts:
         self.worker.set_lora("policy", self.lora)
         G = trainer.num_generations
         unique = [self.renderer.ids(self.renderer.render(chat, generate=True)) for chat in prompts[::G]]
-        step = trainer.state.global_step
-        seeds = [random.Random(f"{self.options.seed}/{step}/{i}").getrandbits(63) for i in range(len(prompts))]
+        step, before = trainer.state.global_step, together.rank() * len(prompts)  # answers of the processes before this one
+        seeds = [random.Random(f"{self.options.seed}/{step}/{before + i}").getrandbits(63) for i in range(len(prompts))]
         o = self.options
         self.board.phase("rollouts", 0, len(prompts))
         samples = self.worker.rollout(unique, group=G, max_tokens=trainer.max_completion_length, seeds=seeds, stop=trainer.eos_token_ids, temperature=o.temperature, top_p=o.top_p, min_p=o.min_p, longest=len(trainer.longest),
@@ -990,7 +1029,7 @@ class Rollouts:
 
         def component(name):
             def function(prompts, completions, index, log_metric=None, **_):
-                rewards = self.rewards(completions, index)
+                rewards = together.all_or_none(lambda: self.rewards(completions, index), memory.out_of_memory)
                 if name == "format" and log_metric:
                     self._log(rewards, log_metric)
                 return [None if reward.total(self.rubric.rewards) is None else (reward.components[name] or 0.0) for reward in rewards]
@@ -1022,11 +1061,12 @@ class Rollouts:
         if self.judge and self.trainer.inspecting:
             witness = self.judge.held_out_scores([as_item(self.dialogues[row["index"]], find_span(text, form.reply) or "", form) for row, text in zip(inputs, texts)])
         self.times["inspect"] = time.monotonic() - began
+        self.first_group = together.rank() * (len(rewards) // G)  # of this process, among the step's
         for i, reward in enumerate(rewards):
             dialogue = self.dialogues[inputs[i]["index"]]
             n = int(output["completion_mask"][i].sum())
             self.records.append({
-                "step": step, "group": i // G, "sample": i % G, "person": dialogue.person, "label": dialogue.label, "situation": dialogue.situation,
+                "step": step, "group": self.first_group + i // G, "sample": i % G, "person": dialogue.person, "label": dialogue.label, "situation": dialogue.situation,
                 "messages": [{"role": role, "content": content} for role, content in dialogue.messages], "completion": texts[i], "tokens": n,
                 "truncated": n >= self.trainer.max_completion_length, "problem": reward.problem, "refused": reward.refused, "components": reward.components, "criteria": reward.criteria,
                 "held_out": witness[i] if witness else None, "weights": self.rubric.rewards, "reward": reward.total(self.rubric.rewards), "advantage": float(output["advantages"][i]),
@@ -1038,25 +1078,36 @@ class Rollouts:
 
     def step_done(self, step: int) -> dict[str, float]:
         """The weights have moved: write the step down; of an inspected one, with the log-probs of the group that differed most."""
-        G, began, tokens = self.trainer.num_generations, time.monotonic(), []
-        if self.trainer.seen:
-            groups = [self.records[i : i + G] for i in range(0, len(self.records), G)]
-            g = max(range(len(groups)), key=lambda i: record.spread_of(groups[i]))
-            decode = self.renderer.tokenizer.decode
-            for row, (ids, before, after) in zip(groups[g], moved_logps(self.trainer, g * G, (g + 1) * G)):
-                row.update(logprob=sum(before) / len(before), logprob_after=sum(after) / len(after))
-                tokens.append({"step": step, "group": g, "sample": row["sample"], "epsilon": self.options.epsilon, "tokens": [decode([i]) for i in ids],
-                               "before": [round(x, 4) for x in before], "after": [round(x, 4) for x in after]})  # fmt: skip
+        began, tokens = time.monotonic(), []
+        if inspected := bool(self.trainer.seen):
+            tokens = self._inspect(step)
             self.trainer.seen = []
-        self.run.append("completions.jsonl", self.records)
-        if tokens:
-            self.run.append("tokens.jsonl", tokens)
-        return {"time/inspect": round(self.times["inspect"] + time.monotonic() - began, 3)} if tokens else {}
+        for name, rows in (("completions.jsonl", self.records), ("tokens.jsonl", tokens)):
+            if rows := list(itertools.chain(*together.gather(rows))):
+                self.run.append(name, rows)
+        return {"time/inspect": round(self.times["inspect"] + time.monotonic() - began, 3)} if inspected else {}
+
+    def _inspect(self, step: int) -> list[dict]:
+        """What the update did to the tokens of the group that differed most; nothing from a process that does not hold it."""
+        G, tokens, decode = self.trainer.num_generations, [], self.renderer.tokenizer.decode
+        groups = [self.records[i : i + G] for i in range(0, len(self.records), G)]
+        spreads = list(itertools.chain(*together.gather([record.spread_of(group) for group in groups])))
+        widest = max(range(len(spreads)), key=spreads.__getitem__)
+        g = widest - self.first_group
+        if not 0 <= g < len(groups):
+            return []
+        for row, (ids, before, after) in zip(groups[g], moved_logps(self.trainer, g * G, (g + 1) * G)):
+            row.update(logprob=sum(before) / len(before), logprob_after=sum(after) / len(after))
+            tokens.append({"step": step, "group": widest, "sample": row["sample"], "epsilon": self.options.epsilon, "tokens": [decode([i]) for i in ids],
+                           "before": [round(x, 4) for x in before], "after": [round(x, 4) for x in after]})  # fmt: skip
+        return tokens
 
 
 def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
     """Go on from an SFT run with GRPO (TRL's GRPOTrainer). Writes out/adapter and every rollout."""
     options.answers_per_pass()  # a mistake in it shows now, before the exam and the run directory
+    if options.prompts_per_step % together.size():
+        raise UserError(f"--prompts-per-step {options.prompts_per_step} with {together.size()} processes: each takes whole groups; give a multiple of {together.size()}")
     parent = Run(source)
     adapter, bits = parent.adapter, parent.facts["bits"]
     rubric = load_rubric(options.rubric)
@@ -1102,7 +1153,7 @@ def grpo_config(options: GRPOOptions, out: Path, bits: int, rollout: str, reward
     """Our options in TRL's words. One optimizer step is `prompts_per_step` groups, in passes of `answers_per_pass`."""
     from trl import GRPOConfig
 
-    G, P, micro = options.group_size, options.prompts_per_step, options.answers_per_pass()
+    G, P, micro = options.group_size, options.prompts_per_step // together.size(), options.answers_per_pass()
     return GRPOConfig(**dict(
         output_dir=str(out), per_device_train_batch_size=micro, gradient_accumulation_steps=P * G // micro, num_generations=G, max_completion_length=options.max_tokens, temperature=options.temperature,
         top_p=options.top_p, top_k=0, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon, loss_type="dapo", scale_rewards="group", learning_rate=options.learning_rate,
@@ -1127,7 +1178,7 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     weights = judge.weights_bytes() if judge else 0
     run.update(memory_plan=plan_memory(base, bits, read_adapter(adapter)[0]["r"], len(longest) + micro * options.max_tokens, G, options.max_tokens, weights))
     model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
-    say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes, {options.steps} steps, {len(dialogues)} prompts; "
+    say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes{f' by each of {together.size()} processes' * (together.size() > 1)}, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
     rows = prompt_rows(dialogues, renderer)
     config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()))
@@ -1147,7 +1198,8 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
         keep.finish(run, trainer, checkpoint, options.patience, rollouts.step_done, board, closing=lambda: {"reward_trend": reward_trend(run)})
     finally:
         rollouts.lora.unlink(missing_ok=True)
-    say(trend_sentence(run.facts["reward_trend"]))
+    if together.rank() == 0:
+        say(trend_sentence(run.facts["reward_trend"]))
 
 
 def check_fits(longest: list[int], where: str, base: Base, max_tokens: int) -> None:
@@ -1480,6 +1532,8 @@ class OneLineErrors(click.Group):
     def parse_args(self, ctx, args):
         if odd := [arg for arg in args if any("\ud800" <= c <= "\udfff" for c in arg)]:  # bytes that are no UTF-8: they could be written nowhere
             raise click.UsageError(f"{odd[0].encode(errors='replace').decode()}: not UTF-8; rename the file")
+        if together.size() > 1 and args and args[0] not in ("sft", "grpo"):
+            raise UserError(f"{args[0]} runs in one process; sft and grpo are what accelerate may launch")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
@@ -1665,8 +1719,10 @@ def sft(options: SFTOptions, out: Path, resume: bool) -> None:
     kardia_lite.py sft --model qwen.gguf --bits 4 --data mine.jsonl --out runs/mine
     """
     start(options, options.model)
-    run = train_sft(options, out, resume)
-    click.echo(run.path)
+    with together.met():
+        run = train_sft(options, out, resume)
+    if together.rank() == 0:
+        click.echo(run.path)
 
 
 @cli.command()
@@ -1688,8 +1744,10 @@ def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
     kardia_lite.py grpo --from runs/sft --out runs/grpo
     """
     start(options, options.judge)
-    run = train_grpo(options, source, out, resume)
-    click.echo(run.path)
+    with together.met():
+        run = train_grpo(options, source, out, resume)
+    if together.rank() == 0:
+        click.echo(run.path)
 
 
 @cli.group()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kardia import live, memory
+from kardia import live, memory, together
 from kardia.runs import Run, UserError, file_hash, json_lines, say, write_json
 from kardia.weights import atomic, reason
 
@@ -77,10 +77,14 @@ def whole_checkpoints(run: Run, trainer) -> None:
 
     def save_whole(model, trial) -> None:
         name = f"checkpoint-{trainer.state.global_step}"
-        hidden, target = atomic(run.path / "checkpoint"), run.path / name
+        together.first(lambda: atomic(run.path / "checkpoint"))
+        hidden, target = run.path / ".checkpoint.part", run.path / name
         trainer._get_output_dir = lambda trial=None: str(hidden)
         try:
-            save(model, trial)
+            save(model, trial)  # every process: each has a random state of its own
+            together.wait()
+            if together.rank():
+                return
             (hidden / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
             write_json(hidden / name / SEAL, {p.name: file_hash(p) for p in sorted((hidden / name).iterdir()) if p.is_file()})
             to_disk(hidden / name)
@@ -93,7 +97,8 @@ def whole_checkpoints(run: Run, trainer) -> None:
             left = shutil.disk_usage(run.path).free / memory.GB
             raise UserError(f"{target}: cannot be written ({reason(error)}; {left:.2f} GB are free there); make room, then the same command with --resume goes on from the checkpoint before") from error
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            if together.rank() == 0:
+                shutil.rmtree(hidden, ignore_errors=True)
         for old in [path for path in checkpoints(run) if step_of(path) <= trainer.state.global_step][:-KEPT]:
             shutil.rmtree(old)
 
@@ -145,13 +150,19 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
         board.end()
         for number, handler in before.items():
             signal.signal(number, handler)
-    callback.warn()
+    if together.rank() == 0:
+        callback.warn()
     if callback.stuck:
         run.update(status="stopped", **measured())
         raise UserError(f"stopped at step {trainer.state.global_step}: {live.diagnosis(run, patience)} The same command with --resume and --patience 0 goes on regardless")
     if callback.stopping and trainer.state.global_step < trainer.state.max_steps:
         run.update(status="interrupted", **measured())
         raise UserError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with the same command and --resume")
+    together.first(lambda: _close(run, trainer, {**measured(), **closing()}))
+
+
+def _close(run: Run, trainer, facts: dict) -> None:
+    """The adapter under its final name, and the last words in run.json."""
     target = atomic(run.path / "adapter")
     try:
         trainer.model.save_pretrained(target, selected_adapters=["default"])
@@ -163,7 +174,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
         raise UserError(f"{run.path}/adapter: cannot be written ({reason(error)}); make room, then the same command with --resume writes it") from error
     finally:
         shutil.rmtree(target, ignore_errors=True)
-    run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **measured(), **closing())
+    run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **facts)
     tidy(run)
 
 
@@ -188,14 +199,15 @@ def _train(trainer, checkpoint: Path | None) -> None:
 
 def already_done(run: Run) -> bool:
     """Is there nothing left to do? A kill may have come between the last words in run.json and the clearing up."""
-    if not run.done:
+    if not together.same(run.done):
         return False
-    tidy(run)
+    if together.rank() == 0:
+        tidy(run)
     say(f"{run.path}: finished already, {run.facts.get('ended', 'some time ago')}")
     return True
 
 
 def tidy(run: Run) -> None:
     """A finished run keeps no checkpoints, and nothing that was being written when it was killed."""
-    for leftover in (*run.path.glob("checkpoint-*"), *run.path.glob(".*.part"), *run.path.glob(".rollout-lora.gguf")):
+    for leftover in (*run.path.glob("checkpoint-*"), *run.path.glob(".*.part"), *run.path.glob(".rollout-lora*.gguf")):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()

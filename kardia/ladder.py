@@ -6,7 +6,8 @@ The first two change no number of the step, only how much of it is in memory at 
 they come last; a group always stays whole: its answers are drawn together and its advantages come from all of them.
 
 Nothing of a step takes effect before its last pass, so a step that ran out of memory is forgotten (its gradients, its counts) and
-done again one rung lower, in the same process. run.json says which rung holds from which step on: --resume goes by it.
+done again one rung lower, in the same process. run.json says which rung holds from which step on: --resume goes by it. Processes
+that train together go down together (`together.all_or_none`), for they wait for each other at many places of a step.
 The largest pass that can occur is rehearsed before the first step, for what does not fit shall show in the first minute.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kardia import memory
+from kardia import memory, together
 from kardia.runs import UserError, say
 from kardia.weights import reason
 
@@ -106,6 +107,8 @@ class Retrying:
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.ladder is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._step_begun < 0:
+            together.start_alike(p for p in model.parameters() if p.requires_grad)
         if self._step_begun != self.state.global_step:
             self._step_begun, self._given = self.state.global_step, []
             self.ladder.recall(self.state.global_step + 1)
@@ -119,13 +122,19 @@ class Retrying:
         def work():
             loss = 0
             for index in todo:
-                loss = sum(super(Retrying, self).training_step(model, part, num_items_in_batch) for part in self.passes_of(self._given[index], index))
+                loss = sum(self._pass(model, part, num_items_in_batch) for part in self.passes_of(self._given[index], index))
             return loss
 
         def again():
             todo[:] = range(len(self._given))
 
-        return self._until_it_fits(model, work, again)
+        loss = self._until_it_fits(model, work, again)
+        if self.accelerator.sync_gradients:  # the step's last micro-batch
+            together.mean_gradients(p for p in model.parameters() if p.requires_grad)
+        return loss
+
+    def _pass(self, model, inputs, num_items_in_batch):
+        return together.all_or_none(lambda: super(Retrying, self).training_step(model, inputs, num_items_in_batch), memory.out_of_memory)
 
     def _until_it_fits(self, model, work: Callable[[], Any], again: Callable[[], None]):
         while True:
@@ -154,7 +163,7 @@ class Retrying:
 
         def work():
             inputs, items = self.largest_pass()
-            super(Retrying, self).training_step(model, inputs, items)
+            self._pass(model, inputs, items)
             if "completion_ids" not in inputs:
                 return inputs["input_ids"].numel()
             prompts = inputs["prompt_ids"][:1] if getattr(self, "share_prefix", False) else inputs["prompt_ids"]  # shared: computed once

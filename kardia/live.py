@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kardia import alarms, memory, record, runs
+from kardia import alarms, memory, record, runs, together
 from kardia.runs import Run, UserError, say
 
 
@@ -108,7 +108,7 @@ class Board:
         from rich.console import Console
 
         self.title, self.console = title, console or Console(stderr=True)
-        self.plain = not self.console.is_terminal or self.console.is_dumb_terminal
+        self.plain = not self.console.is_terminal or self.console.is_dumb_terminal or together.rank() > 0
         self.courses: dict[str, list[float]] = {}
         self.total = self.done = self.first = 0
         self.doing, self.said, self.live = "", "", None
@@ -239,6 +239,7 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
 
         def on_step_end(self, args, state, control, **_):
             self.more = step_done(state.global_step)
+            self.stopping = together.any_of(self.stopping)  # the signal may have reached one process a step before another
             if self.stopping:
                 control.should_save = control.should_training_stop = True
 
@@ -255,7 +256,7 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
                 self.stuck = control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **_):
-            if state.global_step >= 1.2 * self.looked:  # reading a long run back takes its time: the longer it is, the rarer
+            if together.rank() == 0 and state.global_step >= 1.2 * self.looked:  # reading a long run back takes its time: the longer it is, the rarer
                 self.looked = state.global_step
                 self.warn()
 

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kardia import together
+
 MAX_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
 MOST = 1 << 21  # strings in a GGUF's vocabulary: eight times the largest there is
 
@@ -506,8 +508,10 @@ def _draw(weights, rngs, block: int = 256):
     return np.array(tokens), sums.sum(1)
 
 
-def _serve(pipe, parent_path: list[str]) -> None:
+def _serve(pipe, parent_path: list[str], gpu: str | None) -> None:
     """The worker's main loop: one request, one answer; ends when the parent closes the pipe or is gone."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent, which then ends us in good order
     if sys.platform == "linux":  # a parent that is killed takes us along at once, and not when the request is done
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -547,7 +551,7 @@ class Worker:
     """A handle on the worker process. `with Worker() as worker: worker.load("judge", path)`."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or default_threads()
+        self.threads = threads or max(1, default_threads() // together.local_size())
         self._loads: dict[str, dict] = {}  # role -> arguments of load, to do it again after a crash
         self._loras: dict[str, str | None] = {}
         self.info: dict[str, dict] = {}
@@ -564,7 +568,7 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # never fork a process that has started torch's threads
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True, name="kardia-llama")
+        self._process = context.Process(target=_serve, args=(theirs, list(sys.path), own_gpu()), daemon=True, name="kardia-llama")
         self._process.start()
         theirs.close()
 
@@ -681,6 +685,15 @@ def fused_is_faster(worker: Worker, path: str | Path, rounds: int = 3) -> bool:
     for fused in best:
         worker.unload(f"attention {fused}")
     return best[True] < best[False]
+
+
+def own_gpu() -> str | None:
+    """The GPU of this process among several that train together, as CUDA_VISIBLE_DEVICES names it: llama.cpp would otherwise lay
+    a model's layers over all GPUs it sees. None: one process, whose environment says it already."""
+    if together.size() == 1:
+        return None
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[together.local_rank()] if together.local_rank() < len(visible) else str(together.local_rank())
 
 
 def default_threads() -> int:

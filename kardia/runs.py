@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from kardia import memory
+from kardia import memory, together
 from kardia.llama import default_threads
 
 
@@ -33,12 +33,18 @@ class UserError(click.ClickException):
         """Without control characters: the value shown may come from a stranger's file."""
         return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in self.message.split("\n"))
 
+    def show(self, file=None) -> None:
+        together.speak_after_the_first()
+        super().show(file)
+
 
 SCREEN: list[Any] = []  # the rich console of what is being redrawn, if something is
 
 
 def say(text: str = "") -> None:
-    """Progress for a person, on stderr; stdout is kept for the product."""
+    """Progress for a person, on stderr; stdout is kept for the product. Of several processes the first one speaks."""
+    if together.rank():
+        return
     if SCREEN:
         SCREEN[-1].print(text, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -55,7 +61,7 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console, told = Console(stderr=True), [0, time.monotonic()]
-    if not console.is_terminal:
+    if not console.is_terminal or together.rank():
 
         def tell(done: float, of: float | None = None) -> None:
             of = of or total
@@ -137,7 +143,8 @@ STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # a run's recor
 class Run:
     """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ...
 
-    Reading needs no lock. Who writes has it (`create`, and `with` gives it back): a second process is refused.
+    Reading needs no lock. Who writes has it (`create`, and `with` gives it back): a second process is refused. Of processes that
+    train together the first one writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,7 +162,11 @@ class Run:
     @classmethod
     def create(cls, path: Path, command: str, options: Any, resume: bool, **facts: Any) -> "Run":
         """A new run directory, or with `resume` the one that is there, if it was asked for the same with the same files."""
-        path = Path(path)
+        made = together.first(lambda: cls._create(Path(path), command, options, resume, facts))
+        return made or cls(path)  # of another machine: the directory must be one that all of them see
+
+    @classmethod
+    def _create(cls, path: Path, command: str, options: Any, resume: bool, facts: dict[str, Any]) -> "Run":
         new = not path.is_dir() or all(name.startswith(".") for name in os.listdir(path))  # a killed start leaves hidden files only
         if not resume and (path.exists() and not path.is_dir() or not new):
             raise UserError(f"{path}: exists already; choose another --out, or --resume to go on with it")
@@ -202,10 +213,13 @@ class Run:
 
     def update(self, **facts: Any) -> None:
         self.facts.update(facts)
-        write_json(self.path / "run.json", self.facts)
+        if together.rank() == 0:
+            write_json(self.path / "run.json", self.facts)
 
     def append(self, name: str, records: list[dict]) -> None:
         """Add lines to a .jsonl file: all of them, or (a full disk) none."""
+        if together.rank():
+            return
         path, data = self.path / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", errors="replace")
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
@@ -219,6 +233,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Before going on from `step`: forget what was recorded after it (it will be recorded again), and lines that a kill tore."""
+        if together.rank():
+            return
         for name in STEP_FILES:
             if (path := self.path / name).exists():
                 kept = [json.dumps(row, ensure_ascii=False) + "\n" for _, row, _ in json_lines(path, strict=False) if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step]

@@ -1,0 +1,77 @@
+"""The command line as a launcher starts it, with what test_together.py changes of it. What to change stands in the environment:
+
+    SIGNAL           rewards that differ: a random model's answers would all get 0
+    OUT_OF_MEMORY    "1 draw" or "1 update": process 1, once, where its answers are drawn or a pass of several answers is computed
+    UNPACKED         as if attention could not be exchanged: TRL's own path
+    STOP_AT          step after which process 1 alone gets a SIGTERM
+    FAIL_IN          process that meets an error the others do not
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+import kardia_lite as k  # noqa: E402
+from kardia import live, packing, together  # noqa: E402
+
+
+def with_signal(score):
+    def scored(answers, *rest, **more):
+        rewards = score(answers, *rest, **more)
+        for reward, (_, text) in zip(rewards, answers):
+            reward.components["format"] = text.count("e") % 5 / 4
+        return rewards
+
+    return scored
+
+
+def failing_once(function, when):
+    """`function`, which finds no memory the first time that `when` holds for its arguments."""
+    left = [1]
+
+    def tried(*arguments, **more):
+        if left and when(*arguments):
+            left.clear()
+            raise MemoryError("injected")
+        return function(*arguments, **more)
+
+    return tried
+
+
+def change() -> None:
+    asked = os.environ.get
+    if asked("SIGNAL"):
+        k.score_answers = with_signal(k.score_answers)
+    if asked("UNPACKED"):
+        packing.enable = lambda model: "as a test wants it"
+    who, _, where = asked("OUT_OF_MEMORY", "").partition(" ")
+    if who == str(together.rank()):
+        if where == "draw":
+            k.Rollouts._draw = failing_once(k.Rollouts._draw, lambda rollouts, prompts, trainer: trainer.state.global_step == 1)
+        else:
+            packing.Pack.logps = failing_once(packing.Pack.logps, lambda row, *_: len(row.real) > 1 and torch.is_grad_enabled())  # not in the trial of packed rows
+    if together.rank() == 1 and (step := asked("STOP_AT")):
+        log_row = live.log_row
+
+        def then_stop(number, *rest):
+            if number == int(step):
+                signal.raise_signal(signal.SIGTERM)
+            return log_row(number, *rest)
+
+        live.log_row = then_stop
+    if asked("FAIL_IN") == str(together.rank()):
+
+        def fail(*_):
+            raise k.UserError("only here")
+
+        k.check_fits = k.load_policy = fail
+
+
+if __name__ == "__main__":  # not in the llama worker, which imports this file, too
+    change()
+    k.cli()
