@@ -57,6 +57,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,17 @@ def put_on(model, adapter: Path, name: str):
         raise UserError(f"{adapter}: does not fit the base {name} (adapter of another base?): {reason(error)[:120]}") from error
 
 
+@contextmanager
+def lora_unrounded(model):
+    """While a trainer is made: TRL rounds the LoRA of a 4-bit model to bfloat16, of whose 8 bits an update of GRPO's size is less
+    than the last: most of them would be lost. (A learning rate of 2e-5 cannot move a weight of 0.1, whose neighbours are 5e-4 away.)"""
+    exact = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if (kept := exact.get(name.replace(".ref.", ".default."))) is not None:  # ref: TRL's copy, the reference of the KL penalty
+            parameter.data = kept if name in exact else kept.clone()
+
+
 def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
     """The same through Unsloth's FastLanguageModel. NOT YET RUN: written against unsloth 2026.10.7's source, no GPU was at hand."""
     from unsloth import FastLanguageModel
@@ -588,7 +600,8 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
         say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
     blank = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [-100] * 2}  # teaches nothing; so that all processes have as many
     data += [blank] * (-len(data) % (micro * processes) if processes > 1 else 0)
-    trainer = make_sft_trainer_class(packed=not hindrance)(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, data_collator=None if hindrance else side_by_side)
+    with lora_unrounded(model):
+        trainer = make_sft_trainer_class(packed=not hindrance)(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, data_collator=None if hindrance else side_by_side)
     trainer.examples = len(examples)
     if hindrance:
         together.guard_forward(model.base_model.model, memory.out_of_memory)
@@ -1187,8 +1200,9 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
     if rollout == "llama":  # once measured, the attention stays what it is: another one would draw other answers after a resume
         run.update(fused_attention=load_for_rollouts(worker, base.gguf(bits), run.facts.get("fused_attention")))
     trainer_class = make_grpo_trainer_class()
-    trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                            rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
+    with lora_unrounded(model):
+        trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                                rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
     rollouts.trainer, trainer.longest = trainer, longest
     trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
     if trainer.hindrance:

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from kardia.budget import Setting, terms
+
 GB = 1e9
 
 
@@ -77,7 +79,7 @@ def gpu_line() -> str:
         return "no GPU"
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{properties.name}, {properties.total_memory / GB:.0f} GB"
 
 
@@ -191,44 +193,14 @@ def used_gb(age: float = 0.0) -> float:
 _used = {"at": 0.0, "gb": 0.0}
 
 
-def shape(config: dict) -> dict[str, int]:
-    """The sizes the plan needs, from a Hugging Face config.json. Missing keys raise ValueError naming the key."""
-    text = config.get("text_config", config)
-    try:
-        hidden, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
-        inner, vocabulary = text["intermediate_size"], text["vocab_size"]
-    except KeyError as error:
-        raise ValueError(f"config.json has no {error.args[0]}") from error
-    kv_heads = text.get("num_key_value_heads") or heads
-    head = text.get("head_dim") or hidden // heads
-    linear = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * inner  # per layer: q, o, k, v, gate, up, down
-    lora_inputs = (hidden + heads * head) * 2 + (hidden + kv_heads * head) * 2 + 3 * (hidden + inner)  # sum of (in + out) over the seven projections
-    embedding = vocabulary * hidden * (1 if text.get("tie_word_embeddings") else 2)
-    return {"hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads, "head": head, "inner": inner, "vocabulary": vocabulary, "linear": linear * layers, "embedding": embedding, "lora": lora_inputs * layers}
-
-
-def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, completion: int, judge_bytes: int, checkpointing: bool, cuda: bool, item: int = 2) -> dict[str, float]:
-    """GB per term of one GRPO step: a row of `tokens` (prompt + group x completion, shared prefix), LoRA of `rank`; `item`: bytes
-    of a number in what is computed (4 on a CPU that does not multiply bfloat16).
-
-    Terms: base weights, LoRA (fp32 weights, gradients, two Adam moments), activations kept for the backward pass,
-    logits of one chunk, KV cache of the rollouts, the judge, and what the libraries take before any tensor.
-    """
-    s = shape(config)
-    weight_bytes = s["linear"] * (0.5 + 1 / 64 * 1.03 if bits == 4 else item) + s["embedding"] * item  # NF4: one 8-bit scale per 64 weights
-    per_token_layer = item * (8 * s["hidden"] + 5 * s["inner"]) + 4 * (4 * s["hidden"] + s["inner"])  # inputs of each product, fp32 copies LoRA keeps
-    kept = tokens * s["layers"] * (item * s["hidden"] if checkpointing else per_token_layer) + (tokens * per_token_layer if checkpointing else 0)
-    rollout_base = 0 if bits == 16 and not cuda else 2 * (s["linear"] + s["embedding"])
-    return {
-        "base weights": weight_bytes / GB,
-        "LoRA, gradients, Adam": s["lora"] * rank * 16 / GB,
-        "activations": kept / GB,
-        "logits": 3 * 4 * min(128, tokens) * s["vocabulary"] / GB,
-        "rollouts (base as GGUF)": (rollout_base or 2 * (s["linear"] + s["embedding"])) / GB,
-        "rollouts (KV cache)": 2 * 2 * s["layers"] * s["kv_heads"] * s["head"] * (tokens + group * completion) / GB,
-        "judge": judge_bytes * 1.2 / GB,
-        "libraries": 1.0 if cuda else 0.7,
-    }
+def plan(config: dict, *, bits: int, rank: int, tokens: int, group: int, completion: int, judge_bytes: int, checkpointing: bool, cuda: bool, item: int = 2, micro: int = 0, **more) -> dict[str, float]:
+    """GB per term of a run whose longest row has `tokens` (kardia/budget.py). GRPO: prompt + `micro` x completion; group 0: SFT.
+    `item`: bytes of a number in what is computed (4 on a CPU that does not multiply bfloat16); `more`: of budget.Setting."""
+    more |= dict(bits=bits, rank=rank, checkpointing=checkpointing, cuda=cuda, item=item)
+    if not group:
+        return terms(config, Setting(completion=tokens, **more))
+    micro = micro or max((m for m in range(1, group + 1) if group % m == 0 and tokens > m * completion), default=1)
+    return terms(config, Setting(**{"rollout": "llama", "prompt": max(1, tokens - micro * completion), "completion": completion, "group": group, "micro": micro, "judge_bytes": judge_bytes} | more))
 
 
 def read_config(path: Path) -> dict:

@@ -6,6 +6,8 @@ A row of P + sum C_i tokens replaces G rows of P + C_i. All layers but attention
 Attention does: a [L, L] mask over the whole row would be exact, but computes (P + G C)^2 scores to keep the G C (P + C) that
 count. So queries and keys of the segments are laid out as a batch of their own (`shared_prefix_attention` below), behind the
 keys of the prompt. transformers hands its attention functions whatever a caller adds to the model's forward, here `pack`.
+A GPU has another way: FlexAttention (arXiv 2412.05496) walks the whole row and skips the blocks that nobody sees. Which of the two is
+faster there is measured when a model is enabled (`flex_is_faster`).
 
 `token_logps` is the other half: log-probabilities of the tokens that were drawn, and their gradient, without ever
 holding more than a chunk of the logits.
@@ -34,6 +36,7 @@ class Pack:
     prompt: int
     index: Any  # [G, longest C] place in the row of every segment's tokens; past a segment's end: any place, never read
     real: Any  # [G, longest C] bool
+    segment: Any  # [L] 0: the prompt, 1..G
     _visible: dict = field(default_factory=dict)
 
     def hidden(self, causal_lm):
@@ -59,6 +62,20 @@ class Pack:
             self._visible[window] = _causal(self.index.shape[1], self.prompt, window, self.ids.device)
         return self._visible[window]
 
+    def blocks(self, window: int | None):
+        """The same as FlexAttention wants it: a BlockMask over the whole row [L, L]."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if (key := ("blocks", window)) not in self._visible:
+            segment, at, L = self.segment, self.positions[0], self.ids.shape[1]
+
+            def sees(batch, head, q, kv):
+                seen = ((segment[kv] == 0) | (segment[kv] == segment[q])) & (at[kv] <= at[q])
+                return seen & (at[q] - at[kv] < window) if window else seen
+
+            self._visible[key] = create_block_mask(sees, None, None, L, L, device=self.ids.device)
+        return self._visible[key]
+
 
 def pack(prompt, segments) -> Pack:
     """prompt [P] and segments G x [C_i], token ids of one device -> Pack."""
@@ -72,7 +89,8 @@ def pack(prompt, segments) -> Pack:
     own = [torch.arange(start, start + n - 1, device=device) for start, n in zip(starts, lengths)]
     last = torch.tensor([P - 1], device=device)[: min(P, 1)]
     positions = torch.cat([torch.arange(P), *[torch.arange(P, P + n) for n in lengths]]).to(device)
-    return Pack(torch.cat([prompt, *segments])[None], positions[None], torch.cat([torch.cat([last, o]) for o in own]), P, index, real)
+    segment = torch.arange(len(lengths) + 1, device=device).repeat_interleave(torch.tensor([P, *lengths], device=device))
+    return Pack(torch.cat([prompt, *segments])[None], positions[None], torch.cat([torch.cat([last, o]) for o in own]), P, index, real, segment)
 
 
 def _causal(tokens: int, before: int, window: int | None, device):
@@ -119,6 +137,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, dropout=0
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
     P, (G, C) = pack.prompt, pack.index.shape
     window = sliding_window if sliding_window and sliding_window < P + C else None
+    if _kernel and not dropout:
+        return _flex(query, key, value, pack, window, scaling, softcap), None
     out = []
     if P:
         own = _causal(P, 0, window, query.device) if window else None
@@ -129,6 +149,76 @@ def shared_prefix_attention(module, query, key, value, attention_mask, dropout=0
     seen = pack.visible(window) if P or window else None
     out.append(_attend(q, k, v, seen, scaling, softcap, dropout).transpose(1, 2)[pack.real])  # [sum C_i, H, D]
     return torch.cat(out)[None], None
+
+
+_kernel: list[Any] = []  # FlexAttention, compiled, where it is the faster way
+
+
+def _flex(query, key, value, pack, window: int | None, scaling: float, softcap: float | None):
+    """query [1, H, L, D], key and value [1, H_kv, L, D] -> [1, L, H, D], all segments in one kernel."""
+    import torch
+
+    cap = (lambda score, batch, head, q, kv: softcap * torch.tanh(score / softcap)) if softcap else None
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast, which SDPA heeds and this does not
+    return _kernel[0](query, key, value, score_mod=cap, block_mask=pack.blocks(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)
+
+
+def flex_is_faster(causal_lm, rounds: int = 5, prompt: int = 512, group: int = 8, completion: int = 128) -> bool:
+    """Both ways forwards and backwards on a row of GRPO's size with this model's heads, in turns, on its GPU. False as well where
+    FlexAttention cannot be had (it needs Triton), fails, or gives something else."""
+    import time
+
+    import torch
+
+    text, device, kept = causal_lm.config.get_text_config(), causal_lm.device, _kernel[:]
+    D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    row = pack(torch.zeros(prompt, dtype=torch.long, device=device), [torch.zeros(completion, dtype=torch.long, device=device)] * group)
+    shape = row.ids.shape[1], D
+    states = [torch.randn(1, heads, *shape, device=device, dtype=causal_lm.dtype, requires_grad=True) for heads in (text.num_attention_heads, *[getattr(text, "num_key_value_heads", None) or text.num_attention_heads] * 2)]
+    best, results = {}, {}
+
+    def once(flex: bool) -> None:
+        _kernel[:] = [compiled] if flex else []
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        out = shared_prefix_attention(None, *states, None, pack=row)[0]
+        gradients = torch.autograd.grad(out.float().square().mean(), states)
+        torch.cuda.synchronize(device)
+        best[flex] = min(best.get(flex, 9e9), time.perf_counter() - began)
+        results[flex] = out.detach(), *gradients
+
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=True)
+        for flex in (True, False):  # compiling and first calls do not count
+            once(flex)
+        best.clear()
+        for _ in range(rounds):
+            once(True)
+            once(False)
+        alike = all(float((a.float() - b.float()).norm()) < 0.02 * float(b.float().norm()) for a, b in zip(results[True], results[False]))
+    except Exception:  # whatever its compiler raises: the other way is always there
+        return False
+    finally:
+        _kernel[:] = kept
+    return alike and best[True] < best[False]
+
+
+def kernel() -> str:
+    """Which way packed rows are computed now: flex, segments."""
+    return "flex" if _kernel else "segments"
+
+
+def choose_kernel(causal_lm) -> None:
+    """On a GPU: take the faster way from now on."""
+    import torch
+
+    _kernel.clear()
+    if causal_lm.device.type == "cuda" and flex_is_faster(causal_lm):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _kernel.append(torch.compile(flex_attention, dynamic=True))
 
 
 def enable(causal_lm) -> str | None:
@@ -162,6 +252,7 @@ def enable(causal_lm) -> str | None:
     if not difference < (1e-3 if causal_lm.dtype == torch.float32 else 0.1):
         causal_lm.set_attn_implementation(before)
         return f"its log-probs in a packed row are off by {difference:.2f}"
+    choose_kernel(causal_lm)
     return None
 
 

@@ -146,6 +146,40 @@ def test_dialogues_side_by_side_do_not_see_each_other(tiny, kind, changes):
     assert row.predictors.tolist() == [*range(11), *range(12, 16), *range(17, 46)]
 
 
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gemma2", GEMMA2), ("gemma3_text", {"sliding_window": 8})])
+@pytest.mark.parametrize("prompt", [20, 0])
+def test_flex_attention_says_the_same(tiny, monkeypatch, kind, changes, prompt):
+    """The way a GPU may choose, run here without its compiler: which tokens see which, windows, soft caps, shared heads. FlexAttention
+    has no backward pass on a CPU; there it is compared on the GPU itself before it is chosen."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model = tiny(kind, **changes).eval()
+    assert packing.enable(model) is None and packing.kernel() == "segments"
+    ids = torch.randint(3, 97, (60,), generator=torch.Generator().manual_seed(3))
+    row = packing.pack(ids[:prompt], [ids[20:27], ids[30:33], ids[40:52]])
+    with torch.no_grad():
+        before = row.hidden(model)
+        monkeypatch.setattr(packing, "_kernel", [flex_attention])
+        assert packing.kernel() == "flex"
+        assert torch.allclose(row.hidden(model), before, atol=2e-5)
+        monkeypatch.setattr(packing.Pack, "blocks", lambda row, window: None)  # every token sees all of the row
+        assert not torch.allclose(row.hidden(model), before, atol=1e-2)
+
+
+def test_where_flex_attention_cannot_be_had_the_other_way_is_taken(tiny, monkeypatch):
+    """No GPU, no compiler: the trial fails, says False, and leaves things as they were."""
+    model = tiny("llama")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert packing.flex_is_faster(model) is False and packing.kernel() == "segments"
+
+
+@pytest.mark.gpu
+def test_whichever_is_chosen_on_a_gpu_has_the_same_log_probs(tiny):
+    model = tiny("llama", head_dim=64).to("cuda", torch.bfloat16)
+    assert packing.enable(model) is None
+    print("on this GPU:", packing.kernel())
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_log_probs_in_chunks_and_their_gradient_are_those_of_the_whole(softcap):
     torch.manual_seed(0)

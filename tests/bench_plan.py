@@ -1,0 +1,65 @@
+"""The README's table of models and cards: what the plan says (kardia/budget.py), nothing measured.
+
+    python tests/bench_plan.py            the table in Markdown
+    python tests/bench_plan.py --terms    and each plan term by term
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kardia import budget  # noqa: E402
+
+
+def shape(hidden, layers, heads, kv_heads, inner, vocabulary, tied, kind="qwen2"):
+    return {"model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": vocabulary, "tie_word_embeddings": tied}
+
+
+SHAPES = {
+    "Qwen2.5-0.5B": shape(896, 24, 14, 2, 4864, 151936, True),
+    "Qwen2.5-1.5B": shape(1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen2.5-3B": shape(2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen2.5-7B": shape(3584, 28, 28, 4, 18944, 152064, False),
+    "Llama-3.1-8B": shape(4096, 32, 32, 8, 14336, 128256, False, "llama"),
+}
+CARDS = 6, 8, 12, 16, 24
+JUDGES = {"135M judge": (270_000_000, 49_152), "3B judge, Q4_K_M": (2_000_000_000, 151_936)}
+SFT = budget.Setting(completion=2048)
+
+
+def grpo(judge_bytes, judge_vocabulary, **more):
+    return budget.Setting(**{"prompt": 512, "completion": 256, "group": 8, "micro": 8, "rollout": "llama", "judge_bytes": judge_bytes, "judge_vocabulary": judge_vocabulary, **more})
+
+
+def words(s):
+    if s.rollout == "none":
+        return ""
+    return f"{s.rollout + ' ' + s.rollout_type if s.rollout == 'llama' else 'hf'}, micro {s.micro}" + ("" if s.judge_on_gpu else ", judge on CPU")
+
+
+def main(show_terms: bool, host_embedding: bool) -> None:
+    rows = [("SFT, 2,048 tokens", SFT), *((f"GRPO 8 x 256, {name}", grpo(*judge)) for name, judge in JUDGES.items())]
+    print("| | " + " | ".join(f"{card} GB card" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
+    for model, config in SHAPES.items():
+        for what, wanted in rows:
+            cells = []
+            wanted = replace(wanted, host_embedding=host_embedding)
+            for card in CARDS:
+                best, least = budget.fit(config, budget.usable(card), wanted)
+                if best is None and wanted.rollout == "none" and (best := budget.longest_that_fits(config, budget.usable(card), wanted)):
+                    cells.append(f"{budget.total(config, best):.1f} GB, cut to {best.completion:,} tokens")
+                else:
+                    cells.append(f"{budget.total(config, best):.1f} GB{', ' * bool(words(best))}{words(best)}" if best else f"no ({budget.total(config, least):.1f} GB)")
+            print(f"| {model}, {what} | " + " | ".join(cells) + " |")
+    if show_terms:
+        for model, config in SHAPES.items():
+            for what, wanted in rows:
+                for micro in (wanted.micro,):
+                    found = budget.terms(config, replace(wanted, micro=micro, host_embedding=host_embedding))
+                    print(f"\n{model}, {what}: {sum(found.values()):.2f} GB\n" + "\n".join(f"  {gb:6.2f} {name}" for name, gb in found.items()))
+
+
+if __name__ == "__main__":
+    main("--terms" in sys.argv, "--host-embedding" in sys.argv)
