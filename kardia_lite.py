@@ -64,7 +64,7 @@ from typing import Any
 
 import click
 
-from kardia import clients, corpus, datasets_io, exam, explain as explaining, export, gguf_io, judge_lora, keep, live, memory, packing, record, report, talk, together
+from kardia import budget, clients, corpus, datasets_io, doctor as doctoring, exam, explain as explaining, export, gguf_io, judge_lora, keep, live, memory, packing, record, report, talk, together, unsloth_engine
 from kardia.asking import llama_answer_streamed, llama_answers, load_plain, torch_answers, torch_logits
 from kardia.base import EMBEDDED, Base, cache_directory, embedded_gguf, fused_attention, made_once, quiet, resolve_base, strangers_files
 from kardia.guards import guard
@@ -74,7 +74,7 @@ from kardia.llama import LlamaError, Worker, check_gguf
 from kardia.memory import compute_dtype, proof_dtype
 from kardia.record import find_span
 from kardia.rubric import KARDIA, METHODS, Form, Rubric, load_rubric
-from kardia.runs import Run, UserError, file_hash, json_lines, knob, machine, options, progress, say, versions, write_json, write_text
+from kardia.runs import Finite, Run, UserError, file_hash, json_lines, knob, machine, options, progress, say, versions, write_json, write_text
 from kardia.stats import evaluation_table, exam_table, reward_trend, summarize, trend_sentence
 from kardia.templates import check_template, limited
 from kardia.weights import ExportError, lora_pairs, read_adapter, reason
@@ -257,6 +257,7 @@ class CommonOptions:
 @dataclass
 class TrainOptions(CommonOptions):
     engine: str = knob("auto", "unsloth (CUDA only) or transformers.", choices=("auto", "unsloth", "transformers"))
+    embedding: str = knob("auto", "Where an embedding table lies that is not the output matrix, too: gpu, host (the computer's memory), auto = gpu if all fits.", choices=("auto", "gpu", "host"))
     track: str = knob("none", "Log to a tracker as well: tensorboard (files in the run directory) or trackio.", choices=("none", "tensorboard", "trackio"))
 
 
@@ -282,14 +283,14 @@ class SFTOptions(TrainOptions):
 class GRPOOptions(TrainOptions):
     data: Path = knob(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
     judge: str = knob(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
-    judge_gpu_layers: int = knob(-1, "Judge layers on the GPU (-1: all if llama.cpp was built for one).", min=-1)
+    judge_gpu_layers: int = knob(-1, "Judge layers on the GPU (-1: all if llama.cpp was built for one and they fit beside the training, else none).", min=-1)
     judge_lora: str = knob("auto", "LoRA of the judge (.gguf): auto = the one that comes with the embedded judge, none, or a file.")
     exam_pairs: Path = knob(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass.")
     unfit: str = knob("refuse", "What to do with criteria the judge fails: refuse to train, or drop their weight.", choices=("refuse", "drop"))
     force_judge: bool = knob(False, "Train against criteria the judge failed all the same.")
     group_size: int = knob(8, "Answers per prompt (G).", min=2, max=256)
     prompts_per_step: int = knob(1, "Prompts per optimizer step.", min=1)
-    micro_batch: int = knob(0, "Answers per forward pass (0: the whole group); memory, not mathematics.", min=0)
+    micro_batch: int = knob(0, "Answers per forward pass (0: the whole group, on a GPU the most that fits); memory, not mathematics.", min=0)
     steps: int = knob(100, "Optimizer steps.", min=1)
     learning_rate: float = knob(2e-5, "Learning rate (the paper's 1e-6 is for all weights of 7B; the demo takes 2e-4 for a LoRA on 135M).", min=0.0)
     max_tokens: int = knob(256, "Longest answer, tokens.", min=8)
@@ -299,6 +300,7 @@ class GRPOOptions(TrainOptions):
     beta: float = knob(0.0, "KL penalty towards the SFT adapter (0: none, the usual choice).", min=0.0)
     epsilon: float = knob(0.2, "Clip range of the probability ratio.", min=0.0)
     rollout: str = knob("auto", "Who samples: llama.cpp, transformers (hf) or vLLM.", choices=("auto", "llama", "hf", "vllm"))
+    rollout_type: str = knob("auto", "Type of the base's GGUF that llama.cpp samples from: bf16 has the weights torch computes with, q8_0 and q4_k_m take less; auto = bf16, on a GPU the largest that fits.", choices=("auto", "bf16", "q8_0", "q4_k_m"))
     save_steps: int = knob(10, "Optimizer steps between checkpoints.", min=1)
     inspect_every: int = knob(5, "Every so many steps one is inspected: log-probs of its tokens after the update, and the judge asked in held-out words. Changes nothing (0: never).", min=0)
     patience: int = knob(20, "Stop, with a diagnosis, after so many steps in a row without two different rewards in any group (0: never).", min=0, free=True)
@@ -354,8 +356,9 @@ class ExportOptions:
 # ------------------------------------------------------------------------------------------------ 4 policy
 
 
-def choose_engine(engine: str) -> str:
-    """auto -> unsloth where CUDA and unsloth are present. Imports unsloth first: it patches trl, peft and transformers as they load."""
+def choose_engine(engine: str, base: Base) -> str:
+    """auto -> unsloth where CUDA and unsloth are present and the base is one it computes as we do. Imports it first: it patches
+    trl, peft and transformers as they load."""
     from importlib.util import find_spec
 
     if engine == "unsloth" and together.size() > 1:
@@ -363,11 +366,23 @@ def choose_engine(engine: str) -> str:
     available = find_spec("unsloth") is not None and memory.has_gpu() and together.size() == 1
     if engine == "unsloth" and not available:
         raise UserError("--engine unsloth needs an NVIDIA GPU and `pip install -r requirements-gpu.txt`; --engine transformers works everywhere")
-    if engine == "auto":
-        engine = "unsloth" if available else "transformers"
-    if engine == "unsloth":
-        import unsloth  # noqa: F401
-    return engine
+    if engine == "transformers" or not available:
+        return "transformers"
+    try:
+        if why := unsloth_engine.hindrance(memory.read_config(base.directory)):
+            raise UserError(f"--engine unsloth: {base.name} has {why}; --engine transformers trains it")
+        unsloth_engine.bring_in(cache_directory())
+    except UserError as error:
+        if engine == "unsloth":
+            raise
+        say(f"engine: transformers, for {error.message.removeprefix('--engine unsloth: ')}")
+        return "transformers"
+    return "unsloth"
+
+
+def share_rows(engine: str) -> Callable[[Any], str | None]:
+    """What makes a model take packed rows (kardia/packing.py); returns None, or why it cannot."""
+    return unsloth_engine.share_rows if engine == "unsloth" else packing.enable
 
 
 def start(options: CommonOptions, *local: str) -> None:
@@ -412,7 +427,7 @@ def ready(tokenizer, name: str):
     return tokenizer
 
 
-def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, max_length: int = 1024, dtype=None):
+def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = None, rank: int = 16, alpha: int = 32, seed: int = 0, dtype=None, host_embedding: bool = False):
     """The base with a LoRA on all linear layers, a new one or a trained one to go on with. Returns a PeftModel.
 
     bits 4: NF4 with double quantization (QLoRA, arXiv 2305.14314) on a GPU and on a CPU. LoRA weights are float32,
@@ -422,22 +437,31 @@ def load_policy(base: Base, engine: str, bits: int, *, adapter: Path | None = No
 
     quiet()
     torch.manual_seed(seed)
+    quantization, dtype = None, dtype or compute_dtype()
+
+    def dress(model):
+        from peft import LoraConfig, get_peft_model
+
+        model.config.use_cache = False
+        if adapter is not None:
+            return put_on(model, adapter, base.name)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"))
+
     if engine == "unsloth":
-        return load_policy_unsloth(base, bits, adapter, rank, alpha, seed, max_length)
-    from peft import LoraConfig, get_peft_model
+        return unsloth_engine.load(base.directory, bits, dtype, memory.read_config(base.directory)["max_position_embeddings"], seed, torch.cuda.current_device(), dress)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization, dtype = None, dtype or compute_dtype()
     if bits == 4:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
     with strangers_files(base.name, "model"):
         model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map=device, use_safetensors=True, trust_remote_code=False)
-    model.config.use_cache = False
-    if adapter is None:
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
-        return get_peft_model(model, config)
-    return put_on(model, adapter, base.name)
+    for module in model.modules() if bits == 4 else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval() bitsandbytes would compute 4 bits in a CPU kernel without gradients
+            module.support_avx512bf16_for_cpu = False
+    if host_embedding:
+        memory.keep_on_host(model)
+    return dress(model)
 
 
 def put_on(model, adapter: Path, name: str):
@@ -469,21 +493,6 @@ def lora_unrounded(model):
     for name, parameter in model.named_parameters():
         if (kept := exact.get(name.replace(".ref.", ".default."))) is not None:  # ref: TRL's copy, the reference of the KL penalty
             parameter.data = kept if name in exact else kept.clone()
-
-
-def load_policy_unsloth(base: Base, bits: int, adapter: Path | None, rank: int, alpha: int, seed: int, max_length: int):
-    """The same through Unsloth's FastLanguageModel. NOT YET RUN: written against unsloth 2026.10.7's source, no GPU was at hand."""
-    from unsloth import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(model_name=str(base.directory), max_seq_length=max_length, load_in_4bit=bits == 4, load_in_16bit=bits == 16, random_state=seed, use_exact_model_name=True)
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = FastLanguageModel.get_peft_model(model, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=projections, use_gradient_checkpointing="unsloth", random_state=seed)
-    if adapter is not None:
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
-    return model
 
 
 class Renderer:
@@ -563,7 +572,7 @@ def train_sft(options: SFTOptions, out: Path, resume: bool = False) -> Run:
     rows = rows[: options.limit] if options.limit else rows
     base = resolve_base(options.model, options.gguf_template)
     live.check_tracker(options.track)
-    engine = choose_engine(options.engine)
+    engine = choose_engine(options.engine, base)
     bits = options.bits or (4 if memory.has_gpu() else 16)
     facts = dict(parent=None, bits=bits, engine=engine, **describe(base), form=rubric.form.facts(), hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash})
     with Run.create(out, "sft", options, resume, **facts) as run:
@@ -589,13 +598,16 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
         f"{micro} dialogues x {accumulate} micro-batches{f' x {processes} processes' * (processes > 1)} = {micro * accumulate * processes} per step")  # fmt: skip
     data = [{"input_ids": ids, "labels": labels} for ids, labels in examples]
     longest = sorted(data, key=lambda row: -len(row["input_ids"]))[:micro]
-    run.update(memory_plan=plan_memory(base, bits, options.lora_rank, sum(len(row["input_ids"]) for row in longest)))
-    model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, max_length=options.max_length)
+    wanted = budget.Setting(**here(bits), rank=options.lora_rank, completion=sum(len(row["input_ids"]) for row in longest), host_embedding=options.embedding == "host")
+    setting = settle(base, wanted, ("host_embedding",) if options.embedding == "auto" and engine == "transformers" else (), run.facts.get("setting"))
+    run.update(setting=dataclasses.asdict(setting), memory_plan=plan_memory(base, setting))
+    model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, host_embedding=setting.host_embedding)
     config = SFTConfig(
         output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1, warmup_steps=3, lr_scheduler_type="cosine", max_length=None, save_steps=options.save_steps, dataset_kwargs={"skip_prepare_dataset": True}, **shared_arguments(options, bits),
     )  # fmt: skip
-    hindrance = packing.enable(model.base_model.model) if engine == "transformers" else "its own kernels"
+    hindrance = share_rows(engine)(model.base_model.model)
+    no_rows_no_unsloth(engine, hindrance)
     if hindrance:
         say(f"  SFT takes TRL's own path, which pads and keeps all logits ({engine}, {model.config.model_type}: {hindrance})")
     blank = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [-100] * 2}  # teaches nothing; so that all processes have as many
@@ -607,6 +619,12 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
         together.guard_forward(model.base_model.model, memory.out_of_memory)
     trainer.longest = longest
     keep.finish(run, trainer, climb(run, trainer, Ladder(micro, None if hindrance else 128)))
+
+
+def no_rows_no_unsloth(engine: str, hindrance: str | None) -> None:
+    """TRL's own path over Unsloth's model is nothing that was ever compared."""
+    if engine == "unsloth" and hindrance:
+        raise UserError(f"--engine unsloth: this model does not take packed rows there ({hindrance}); --engine transformers trains it")
 
 
 def climb(run: Run, trainer, ladder: Ladder) -> Path | None:
@@ -679,18 +697,39 @@ def make_sft_trainer_class(packed: bool = True):
     return KardiaSFTTrainer
 
 
-def plan_memory(base: Base, bits: int, rank: int, tokens: int, group: int = 0, completion: int = 0, judge_bytes: int = 0) -> dict[str, float]:
-    """GB per term, told before anything is loaded; the report puts what was measured beside it. `tokens`: of the longest pass."""
-    cuda = memory.has_gpu()
+def here(bits: int) -> dict[str, Any]:
+    """What of a `budget.Setting` this machine decides."""
+    return dict(bits=bits, cuda=memory.has_gpu(), checkpointing=memory.has_gpu(), item=compute_dtype().itemsize)
+
+
+def settle(base: Base, wanted: budget.Setting, free: tuple[str, ...], before: dict | None = None) -> budget.Setting:
+    """What of a run is ours to choose (`free`), chosen so that it fits this GPU, before anything is loaded. `before`: what an
+    interrupted run had, which stays."""
     try:
-        terms = memory.plan(memory.read_config(base.directory), bits=bits, rank=rank, tokens=tokens, group=group, completion=completion, judge_bytes=judge_bytes, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
+        if before:
+            return budget.Setting.of(before)
+        gb = memory.available_gb() + budget.CONTEXT["torch"]  # which is in use by now, to know the rest
+        setting = together.same(budget.choose(memory.read_config(base.directory), gb, wanted, free))
     except ValueError as error:  # a plan is a service; an architecture that it does not know trains all the same
+        if before:
+            raise UserError(str(error)) from error
+        return wanted
+    if told := budget.chosen(setting, wanted):
+        say(f"memory: so that it fits into {gb:.1f} GB: {told}")
+    return setting
+
+
+def plan_memory(base: Base, setting: budget.Setting) -> dict[str, float]:
+    """GB per term, told before anything is loaded; the report puts what was measured beside it."""
+    try:
+        terms = budget.terms(memory.read_config(base.directory), setting)
+    except ValueError as error:
         say(f"memory: no plan for {base.name} ({error})")
         return {}
-    terms = {name: round(gb, 3) for name, gb in terms.items() if group or name.split()[0] not in ("rollouts", "judge")}
+    terms = {name: round(gb, 3) for name, gb in terms.items() if gb >= 0.0005}
     say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
     if sum(terms.values()) > (free := memory.available_gb()) > 0:
-        say(f"  that is more than the {free:.1f} GB that are free: a smaller --micro-batch" + (", --group-size or --max-tokens" if group else " or --max-length") + " takes less; if memory runs out, the run goes down by itself")
+        say(f"  that is more than the {free:.1f} GB that are free: a smaller --micro-batch" + (" or --max-length" if setting.rollout == "none" else ", --group-size or --max-tokens") + " takes less; if memory runs out, the run goes down by itself")
     return terms
 
 
@@ -811,6 +850,8 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
                 sit()
     result = json.loads(cached.read_text())
     exam.apply(referee, result)
+    if memory.has_gpu() and gpu_layers and not referee.info["gpu"]:
+        say("  the judge runs on the CPU, because llama.cpp was built for no GPU: `doctor` prints the line that mends it")
     return referee, result
 
 
@@ -870,9 +911,10 @@ def make_grpo_trainer_class():
         alone = False  # this process computes log-probs that the others do not
         longest: list[int] = []  # the longest prompt
 
-        def __init__(self, *arguments, share_prefix: bool = True, **more) -> None:
+        def __init__(self, *arguments, enable: Callable[[Any], str | None] = packing.enable, **more) -> None:
             super().__init__(*arguments, **more)
-            self.hindrance = packing.enable(self.model.base_model.model) if share_prefix else "its own kernels"
+            unsloth_engine.check_reference(self.model, self.beta)
+            self.hindrance = enable(self.model.base_model.model)
             self.share_prefix = self.hindrance is None
             self.ladder = Ladder(self.args.per_device_train_batch_size, 128 if self.share_prefix else None, self.max_completion_length, self.num_generations)
 
@@ -1128,20 +1170,36 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     dialogues = load_rows([options.data], rubric, "prompt")
     live.check_tracker(options.track)
     base = base_of(parent)
-    engine = choose_engine(options.engine)
-    rollout = choose_rollout(options.rollout, base)
+    engine = choose_engine(options.engine, base)
+    rollout = choose_rollout(options.rollout, base, bits)
+    renderer = Renderer(load_tokenizer(base), rubric.form)
+    longest = longest_prompt(renderer, dialogues, base, options.max_tokens)
+    before = Run(out).facts.get("setting") if resume and (out / "run.json").is_file() else None
+    setting = settle_grpo(options, base, engine, rollout, bits, read_adapter(adapter)[0]["r"], len(longest), bool(rubric.rewards["rubric"]), before)
     with Worker() as worker:
         judge, result, dropped = None, None, []
         if rubric.rewards["rubric"]:
-            judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers, options.exam_pairs, options.judge_lora)
+            judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers if setting.judge_on_gpu else 0, options.exam_pairs, options.judge_lora)
             rubric, dropped = admit(rubric, result, options)
             judge.rubric = rubric
-        facts = dict(parent=str(source), bits=bits, engine=engine, rollout=rollout, **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
+        facts = dict(parent=str(source), bits=bits, engine=engine, rollout=setting.rollout, setting=dataclasses.asdict(setting), **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
                      hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
         with Run.create(out, "grpo", options, resume, **facts) as run:
             if not keep.already_done(run):
-                run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker)
+                run_grpo(dataclasses.replace(options, micro_batch=setting.micro), run, base, engine, setting, adapter, dialogues, rubric, renderer, longest, judge, worker)
     return run
+
+
+def settle_grpo(options: GRPOOptions, base: Base, engine: str, rollout: str, bits: int, rank: int, longest: int, judged: bool, before: dict | None) -> budget.Setting:
+    """The setting of a GRPO run: what the user asked for, and what fits."""
+    judge = resolve_judge(options.judge).stat().st_size if judged else 0
+    wanted = budget.Setting(
+        **here(bits), rank=rank, prompt=longest, completion=options.max_tokens, group=options.group_size, prompts=options.prompts_per_step // together.size(), micro=options.answers_per_pass(), rollout=rollout,
+        rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type, judge_bytes=judge, judge_vocabulary=49_152 if options.judge == EMBEDDED else 151_936, judge_on_gpu=options.judge_gpu_layers != 0,
+        host_embedding=options.embedding == "host",
+    )  # fmt: skip
+    ours = {"micro": not options.micro_batch, "rollout": options.rollout == "auto" and rollout == "llama", "rollout_type": options.rollout_type == "auto", "judge_on_gpu": options.judge_gpu_layers < 0, "host_embedding": options.embedding == "auto" and engine == "transformers"}
+    return settle(base, wanted, tuple(name for name, is_ours in ours.items() if is_ours), before)
 
 
 def admit(rubric: Rubric, result: dict, options: GRPOOptions) -> tuple[Rubric, list[str]]:
@@ -1180,31 +1238,29 @@ def prompt_rows(dialogues: list[Dialogue], renderer: Renderer) -> list[dict[str,
     return [{"prompt": renderer.chat(d, len(d.messages)), "index": i} for i, d in enumerate(dialogues)]
 
 
-def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubric, judge, worker) -> None:
+def run_grpo(options: GRPOOptions, run: Run, base: Base, engine: str, setting: budget.Setting, adapter: Path, dialogues: list[Dialogue], rubric: Rubric, renderer: Renderer, longest: list[int], judge: Judge | None, worker: Worker) -> None:
     from datasets import Dataset
 
-    tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer, rubric.form)
-    G, P = options.group_size, options.prompts_per_step
-    micro, (longest, where) = options.answers_per_pass(), max(((renderer.prompt(d), d.where) for d in dialogues), key=lambda pair: len(pair[0]))
-    check_fits(longest, where, base, options.max_tokens)
-    weights = judge.weights_bytes() if judge else 0
-    run.update(memory_plan=plan_memory(base, bits, read_adapter(adapter)[0]["r"], len(longest) + micro * options.max_tokens, G, options.max_tokens, weights))
-    model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, max_length=1024 + options.max_tokens)
+    G, P, micro, bits, rollout = options.group_size, options.prompts_per_step, setting.micro, setting.bits, setting.rollout
+    run.update(memory_plan=plan_memory(base, setting))
+    model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, host_embedding=setting.host_embedding)
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes{f' by each of {together.size()} processes' * (together.size() > 1)}, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
     rows = prompt_rows(dialogues, renderer)
-    config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()))
+    vllm = vllm_arguments(setting, base) if rollout == "vllm" else {}
+    config = grpo_config(options, run.path, bits, rollout, list(rubric.rewards.values()), **vllm)
     board = live.Board("GRPO")
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run, board)
     if rollout == "llama":  # once measured, the attention stays what it is: another one would draw other answers after a resume
-        run.update(fused_attention=load_for_rollouts(worker, base.gguf(bits), run.facts.get("fused_attention")))
+        gguf = base.quantized(worker, bits, setting.rollout_type)
+        run.update(fused_attention=load_for_rollouts(worker, gguf, run.facts.get("fused_attention")))
     trainer_class = make_grpo_trainer_class()
     with lora_unrounded(model):
-        trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                                rollout_func=rollouts if rollout == "llama" else None, share_prefix=engine == "transformers")  # fmt: skip
+        trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=renderer.tokenizer,
+                                rollout_func=rollouts if rollout == "llama" else None, enable=share_rows(engine))  # fmt: skip
+    no_rows_no_unsloth(engine, trainer.hindrance)
     rollouts.trainer, trainer.longest = trainer, longest
-    trainer.record, trainer.trust_sampler = rollouts.record, bits == 4 and rollout == "llama"
+    trainer.record, trainer.trust_sampler = rollouts.record, rollout == "llama" and (bits == 4 or setting.rollout_type != "bf16")
     if trainer.hindrance:
         say(f"  the update takes TRL's own path, which computes the prompt once per answer ({engine}, {model.config.model_type}: {trainer.hindrance})")
     checkpoint = climb(run, trainer, trainer.ladder)
@@ -1216,12 +1272,23 @@ def run_grpo(options, run, base, engine, rollout, bits, adapter, dialogues, rubr
         say(trend_sentence(run.facts["reward_trend"]))
 
 
-def check_fits(longest: list[int], where: str, base: Base, max_tokens: int) -> None:
-    """A prompt that the model cannot hold is told before its memory is asked for."""
+def longest_prompt(renderer: Renderer, dialogues: list[Dialogue], base: Base, max_tokens: int) -> list[int]:
+    """The longest prompt's token ids. One that the model cannot hold is told before its memory is asked for."""
+    longest, where = max(((renderer.prompt(d), d.where) for d in dialogues), key=lambda pair: len(pair[0]))
     text = memory.read_config(base.directory)
     room = text.get("text_config", text).get("max_position_embeddings")
     if isinstance(room, int) and len(longest) + max_tokens > room:
         raise UserError(f"{where}: its prompt of {len(longest):,} tokens with --max-tokens {max_tokens} is over the {room:,} that {base.name} can hold; shorten or remove the row, or lower --max-tokens")
+    return longest
+
+
+def vllm_arguments(setting: budget.Setting, base: Base) -> dict[str, Any]:
+    """TRL's words for a vLLM that shares the GPU with the training: what it may take, and that it gives it back for the update."""
+    import torch
+
+    gb = budget.vllm_bytes(budget.shape_of(memory.read_config(base.directory)), setting) / memory.GB
+    share = gb / (torch.cuda.mem_get_info()[1] / memory.GB)
+    return dict(vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=round(min(0.9, max(0.05, share)), 3), vllm_max_model_length=setting.prompt + setting.completion)
 
 
 def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None) -> bool:
@@ -1233,11 +1300,13 @@ def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None) -> 
     return fused
 
 
-def choose_rollout(rollout: str, base: Base) -> str:
+def choose_rollout(rollout: str, base: Base, bits: int) -> str:
     from importlib.util import find_spec
 
     if rollout == "vllm" and find_spec("vllm") is None:
         raise UserError("--rollout vllm needs vLLM, which is not installed; --rollout auto takes llama.cpp")
+    if rollout == "vllm" and bits == 4:  # TRL merges the LoRA into the live weights to hand them over: on NF4's grid nothing of it is left
+        raise UserError("--rollout vllm with a 4-bit run: vLLM would get the LoRA merged into 4-bit weights, where it is rounded away; --rollout auto, or train in --bits 16")
     if rollout == "llama" and base.template is None:
         raise UserError(f"--rollout llama needs the base's GGUF: give `sft --gguf-template FILE.gguf`, or use --rollout hf (base {base.name})")
     return rollout if rollout != "auto" else "llama" if base.template else "hf"
@@ -1577,50 +1646,41 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--model", default=EMBEDDED, show_default=True, help="Base whose memory plan is shown: .gguf, directory, or a config.json.")
-@click.option("--group-size", type=click.IntRange(2), default=8, show_default=True, help="Answers per prompt.")
-@click.option("--bits", type=click.Choice(["4", "16"]), default=None, help="Plan for 4 or 16 bits (default: what this machine would use).")
-def doctor(model: str, group_size: int, bits: str | None) -> None:
-    """What this machine can train, what is missing, memory plan.
+@click.option("--vram", type=Finite(min=1, max=4096), default=None, metavar="GB", help="Plan for a card of so many GB (default: what is free here).")
+@click.option("--bits", type=click.Choice(["4", "16"]), default=None, help="Plan for 4 or 16 bits (default: 4 on a GPU, 16 on a CPU).")
+@click.option("--max-length", type=click.IntRange(64), default=2048, show_default=True, help="SFT: tokens of the longest dialogue.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="GRPO: tokens of the longest prompt.")
+@click.option("--max-tokens", type=click.IntRange(8), default=256, show_default=True, help="GRPO: longest answer.")
+@click.option("--group-size", type=click.IntRange(2), default=8, show_default=True, help="GRPO: answers per prompt.")
+@click.option("--judge", default=EMBEDDED, show_default=True, help="GRPO: the judge (a .gguf file).")
+def doctor(model: str, vram: float | None, bits: str | None, max_length: int, prompt: int, max_tokens: int, group_size: int, judge: str) -> None:
+    """What this machine can train, what is missing and the line that mends it, and the memory plan with the flags that fit.
+
+    The plan needs a config.json only, and no GPU: --vram asks about a card that is elsewhere.
 
     \b
     kardia_lite.py doctor
-    kardia_lite.py doctor --model config.json --bits 4 --group-size 8
+    kardia_lite.py doctor --model config.json --vram 12
     """
     start(CommonOptions(), model)
-    from importlib.util import find_spec
-
-    import torch
-
-    cuda = torch.cuda.is_available()
+    found = doctoring.look(HERE)
     click.echo(f"machine     {machine()}")
-    click.echo("versions    " + ", ".join(f"{name} {value}" for name, value in versions().items()))
-    pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split() if "==" in line) if (HERE / "requirements.txt").exists() else {}
-    for name, value in versions().items():
-        if name in pins and value.split("+")[0] != pins[name]:
-            click.echo(f"  mismatch  {name} is {value}, tested with {pins[name]}: pip install {name}=={pins[name]}")
-    engine = "unsloth" if cuda and find_spec("unsloth") else "transformers"
-    click.echo(f"engine      {engine} ({'4-bit NF4' if cuda else '16-bit'} by default, computing in {str(compute_dtype()).removeprefix('torch.')})")
-    click.echo(f"rollouts    llama.cpp where the base comes as GGUF, else transformers{'; vLLM is installed' if find_spec('vllm') else ''}")
-    import llama_cpp
-
-    offload = llama_cpp.llama_supports_gpu_offload()
-    click.echo(f"judge       llama.cpp {llama_cpp.__version__} on the {'GPU' if offload else 'CPU'}")
-    if cuda and not offload:
-        click.echo('  missing   llama.cpp was built without CUDA: CMAKE_ARGS="-DGGML_CUDA=ON" pip install --force-reinstall --no-cache-dir llama-cpp-python==' + llama_cpp.__version__)
-    if cuda and engine == "transformers":
-        click.echo("  missing   unsloth (faster on this GPU): pip install -r requirements-gpu.txt")
+    click.echo("versions    " + ", ".join(f"{name} {value}" for name, value in found.have.items()))
+    click.echo(f"engine      {'unsloth, for llama, mistral, qwen2 and qwen3, else transformers' if found.cuda and 'unsloth' in found.have else 'transformers'} ({'4-bit NF4' if found.cuda else '16-bit'} by default, computing in {str(compute_dtype()).removeprefix('torch.')})")
+    click.echo(f"llama.cpp   {found.llama_version}, judge and rollouts on the {'GPU, as far as they fit' if found.llama_gpu else 'CPU'}")
+    for line in doctoring.complaints(found):
+        click.echo(f"  to mend   {line}")
     path = Path(model)
     try:
         config = memory.read_config(resolve_base(model).directory if not path.exists() or path.suffix == ".gguf" else path)
-        used = int(bits) if bits else 4 if cuda else 16
-        prompt, completion = 300, 256
-        terms = memory.plan(config, bits=used, rank=16, tokens=prompt + group_size * completion, group=group_size, completion=completion, judge_bytes=270_000_000, checkpointing=cuda, cuda=cuda, item=compute_dtype().itemsize)
+        card = found.cuda or vram is not None
+        gb = budget.usable(vram) if vram else memory.available_gb()
+        lines = budget.advice(config, gb, model=model, length=max_length, prompt=prompt, completion=max_tokens, group=group_size, judge_bytes=resolve_judge(judge).stat().st_size,
+                              judge_vocabulary=49_152 if judge == EMBEDDED else 151_936, bits=int(bits) if bits else 4 if card else 16, cuda=card, checkpointing=card, item=2 if card else compute_dtype().itemsize)  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    click.echo(f"memory plan {model}, {used} bits, GRPO with {group_size} answers of up to {completion} tokens after a prompt of {prompt}:")
-    for name, gb in terms.items():
-        click.echo(f"            {gb:6.2f} GB  {name}")
-    click.echo(f"            {sum(terms.values()):6.2f} GB  in all, of {memory.available_gb():.2f} GB free; a run that meets its limit gives up {ORDER}, in this order")
+    click.echo(f"\nmemory plan of {model} for {f'a card of {vram:g} GB, of which {gb:.2f} GB can be used' if vram else f'the {gb:.2f} GB that are free here'}; a run that meets its limit all the same gives up {ORDER}, in this order")
+    click.echo("\n".join(lines))
 
 
 @cli.group()

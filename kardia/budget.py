@@ -2,6 +2,7 @@
 
     terms(config, setting)      GB per named term; their sum is the plan
     fit(config, gb, setting)    the setting nearest to the wanted one that fits into `gb`
+    choose(config, gb, setting) the same for a run: what is not the user's to say is chosen
     flags(setting)              the same in words of the command line
     advice(config, gb, ...)     all of that as `doctor` prints it
 
@@ -15,16 +16,23 @@ allocator keeps what it freed. So the terms add up; a maximum over the phases wo
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 GB, GIB = 1e9, 2**30
+MARGIN = 0.04  # of what there is: a plan that fits to the last megabyte is one that does not
 RESERVE = 0.85  # GB of a card that are never ours: 0.25 the driver keeps, 0.6 a desktop with a browser (a headless machine has them)
 CONTEXT = {"torch": 0.5, "llama.cpp": 0.4}  # GB a process takes by having started CUDA. Assumed: 0.3 to 0.5 since kernels are loaded when first used (CUDA 12.2); torch's with cuBLAS's workspaces
 UBATCH = 512  # tokens llama.cpp computes at once (n_ubatch)
+VLLM = 1.5  # GB vLLM wants beside weights and cache: a trial pass of 4,096 tokens, CUDA graphs. Assumed
 JUDGE_KV = 0.1  # GB: some 1,500 cells of a context with its branches; 3B 0.06, 7B 0.09
 FRAGMENTS = 0.1  # share of what comes and goes that torch's CUDA allocator holds beyond it. Assumed: it rounds to 2 MB and cannot join pieces
 HEAP = 0.6  # the same of a CPU's heap: glibc held 55% (bfloat16) and 75% (float32) of a 135M model's activations as free pieces, with rows of two lengths
 LIBRARIES = 0.8  # GB of a process that has imported torch, transformers, trl, datasets, and of the worker
+
+
+WORDS = "none", "llama", "hf", "vllm", "bf16", "q8_0", "q4_k_m"
+FREE = "micro", "rollout", "rollout_type", "judge_on_gpu", "host_embedding"  # what may be chosen: none of it changes what is asked for
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Setting:
     prompts: int = 1  # per step
     micro: int = 1  # answers (dialogues) per forward pass
     chunk: int = 128  # rows of logits at once
-    rollout: str = "none"  # llama, hf
+    rollout: str = "none"  # llama, hf, vllm
     rollout_type: str = "bf16"  # of the base's GGUF: bf16, q8_0, q4_k_m
     judge_bytes: int = 0  # its file
     judge_vocabulary: int = 49_152
@@ -48,6 +56,14 @@ class Setting:
     checkpointing: bool = True
     cuda: bool = True
     item: int = 2  # bytes of a number in what is computed
+
+    @classmethod
+    def of(cls, facts: Any) -> "Setting":
+        """As a run.json holds it. Raises ValueError for what is none."""
+        known = {f.name: f.default for f in fields(cls)}
+        if not isinstance(facts, dict) or facts.keys() != known.keys() or any(type(v) is not type(known[k]) or isinstance(v, int) and not 0 <= v < 2**50 or isinstance(v, str) and v not in WORDS for k, v in facts.items()):
+            raise ValueError("run.json: damaged (setting)")
+        return cls(**facts)
 
     @property
     def tokens(self) -> int:
@@ -102,7 +118,7 @@ def shape_of(config: dict) -> Shape:
     """The sizes the plan needs, from a Hugging Face config.json. What is missing or odd raises ValueError in one line."""
     text = config.get("text_config", config)
     if not isinstance(text, dict):
-        raise ValueError("config.json: text_config is no object")  # noqa: TRY004: whoever calls knows one kind of mistake
+        raise ValueError("config.json: text_config is no object")  # whoever calls knows one kind of mistake
     keys = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"
     if missing := next((key for key in keys if key not in text), None):
         raise ValueError(f"config.json has no {missing}")
@@ -123,7 +139,7 @@ def weights(s: Shape, setting: Setting) -> float:
     """Bytes of the base. NF4 with double quantization: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 of these (QLoRA,
     arXiv 2305.14314); embedding, output layer and norms stay as they are computed in."""
     linear = 0.5 + 1 / 64 + 4 / (64 * 256) if setting.bits == 4 else setting.item
-    tables = 1 if s.tied or setting.host_embedding else 2
+    tables = 1 if s.tied or setting.host_embedding and setting.cuda else 2
     return s.linear * linear + (tables * s.table + s.small) * setting.item
 
 
@@ -214,6 +230,12 @@ def generate_bytes(s: Shape, setting: Setting) -> float:
     return kv_bytes(s, G * (P + setting.completion)) * (1 + 1 / s.layers) + 3 * setting.item * s.inner * G * P + 16 * G * s.vocabulary + setting.item * s.hidden * s.inner
 
 
+def vllm_bytes(s: Shape, setting: Setting) -> float:
+    """A 16-bit copy of the base, keys and values of all answers, and what vLLM takes for itself."""
+    cells = setting.prompts * setting.group * (setting.prompt + setting.completion)
+    return 2 * (s.linear + (1 if s.tied else 2) * s.table + s.small) + kv_bytes(s, cells) + VLLM * GB
+
+
 # ---------------------------------------------------------------------------------- the plan
 
 
@@ -234,6 +256,8 @@ def terms(config: dict | Shape, setting: Setting) -> dict[str, float]:
     found["pieces the allocator holds"] = moving * (FRAGMENTS if setting.cuda else HEAP)
     if setting.rollout == "llama":
         found |= llama_terms(s, setting)
+    if setting.rollout == "vllm":
+        found["rollouts: vLLM"] = vllm_bytes(s, setting)
     if setting.judge_bytes and (setting.judge_on_gpu or not setting.cuda):
         found["judge"] = setting.judge_bytes + compute_buffer(setting.judge_vocabulary, 2048) + JUDGE_KV * GB
     if not setting.cuda:
@@ -263,45 +287,69 @@ def price(setting: Setting) -> float:
     - Q4_K_M: faster still, but another model than the one that learns: ratios spread, the clip throws tokens away.
     - judge on the CPU: 135M costs little, 3B waits for the processor at every step; by its bytes.
     - hf: drawing answers with transformers is four to five times slower; nothing else about the run changes.
+    - embedding table in the computer's memory: some megabytes over the bus per pass.
     So a small judge leaves first, then Q8_0 and smaller passes, then Q4_K_M, a large judge and last llama.cpp's twin.
     """
     P, C, G = setting.prompt, setting.completion, setting.group
     passes = 0.5 * ((G / setting.micro * P + G * C) / (P + G * C) - 1)
     drawing = 2.0 if setting.rollout == "hf" else {"bf16": 0.0, "q8_0": 0.08, "q4_k_m": 0.6}[setting.rollout_type]
-    return passes + drawing + (0 if setting.judge_on_gpu else 0.02 + 0.7 * (setting.judge_bytes / GB) ** 2)
+    return passes + drawing + (0 if setting.judge_on_gpu else 0.02 + 0.7 * (setting.judge_bytes / GB) ** 2) + 0.01 * setting.host_embedding
 
 
-def candidates(wanted: Setting) -> list[Setting]:
-    """Settings of the same training, cheapest first. bits, group, lengths and rank are the user's: they change what is learned."""
+def candidates(wanted: Setting, tied: bool = True, free: tuple[str, ...] = FREE) -> list[Setting]:
+    """Settings of the same training, cheapest first. bits, group, lengths and rank are the user's: they change what is learned. `free`:
+    what else is not; a `tied` embedding table is the output matrix as well, which the GPU needs."""
+    hosts = (False, True) if "host_embedding" in free and not tied and wanted.cuda else (wanted.host_embedding,)
     if wanted.rollout == "none":
-        return [replace(wanted, micro=m) for m in range(wanted.micro, 0, -1)]
-    micro = [m for m in range(1, wanted.group + 1) if wanted.group % m == 0]
-    rollouts = [("llama", kind) for kind in ("bf16", "q8_0", "q4_k_m")] + [("hf", "bf16")]
-    judges = (True, False) if wanted.judge_bytes else (True,)
-    return sorted((replace(wanted, micro=m, rollout=r, rollout_type=t, judge_on_gpu=j) for m, (r, t), j in itertools.product(micro, rollouts, judges)), key=price)
+        micro = range(wanted.micro, 0, -1) if "micro" in free else (wanted.micro,)
+        return sorted((replace(wanted, micro=m, host_embedding=h) for m, h in itertools.product(micro, hosts)), key=lambda c: (-c.micro, c.host_embedding))
+    micro = [m for m in range(1, wanted.group + 1) if wanted.group % m == 0] if "micro" in free else [wanted.micro]
+    kinds = ("bf16", "q8_0", "q4_k_m") if "rollout_type" in free else (wanted.rollout_type,)
+    rollouts = [(r, t) for r in (("llama", "hf") if "rollout" in free else (wanted.rollout,)) for t in (kinds if r == "llama" else ("bf16",))]
+    judges = (True, False) if wanted.judge_bytes and "judge_on_gpu" in free else (wanted.judge_on_gpu,)
+    return sorted((replace(wanted, micro=m, rollout=r, rollout_type=t, judge_on_gpu=j, host_embedding=h) for m, (r, t), j, h in itertools.product(micro, rollouts, judges, hosts)), key=price)
 
 
-def fit(config: dict | Shape, gb: float, wanted: Setting) -> tuple[Setting | None, Setting]:
-    """(the cheapest setting whose terms add up to at most `gb`, or None; the one that takes least)."""
+def fit(config: dict | Shape, gb: float, wanted: Setting, free: tuple[str, ...] = FREE) -> tuple[Setting | None, Setting]:
+    """(the cheapest setting whose terms add up to at most `gb`, MARGIN of it to spare if any has, or None; the one that takes least)."""
     s = config if isinstance(config, Shape) else shape_of(config)
-    all_ = candidates(wanted)
-    return next((c for c in all_ if total(s, c) <= gb), None), min(all_, key=lambda c: total(s, c))
+    sizes = [(total(s, c), c) for c in candidates(wanted, s.tied, free)]
+    best = next((c for limit in (gb * (1 - MARGIN), gb) for size, c in sizes if size <= limit), None)
+    return best, min(sizes, key=lambda pair: pair[0])[1]
+
+
+def choose(config: dict | Shape, gb: float, wanted: Setting, free: tuple[str, ...]) -> Setting:
+    """What a run takes: on a GPU the cheapest that fits, or if none does the least; on a CPU what was wanted."""
+    if not wanted.cuda:
+        return wanted
+    best, least = fit(config, gb, wanted, free)
+    return best or least
+
+
+def chosen(setting: Setting, wanted: Setting) -> str:
+    """How a setting differs from the wanted one, in words."""
+    words = {
+        "micro": f"micro-batch {setting.micro}", "rollout": "rollouts by transformers, from the 4-bit weights that are there" if setting.bits == 4 else "rollouts by transformers", "rollout_type": f"rollouts from a {setting.rollout_type} GGUF",
+        "judge_on_gpu": "the judge on the CPU", "host_embedding": "the embedding table in the computer's memory",
+    }  # fmt: skip
+    return ", ".join(told for name, told in words.items() if getattr(setting, name) != getattr(wanted, name) and not (name == "rollout_type" and setting.rollout != "llama"))
 
 
 def longest_that_fits(config: dict | Shape, gb: float, wanted: Setting, least: int = 256) -> Setting | None:
     """SFT with shorter dialogues: the longest `completion` (a multiple of 128) that fits."""
     s = config if isinstance(config, Shape) else shape_of(config)
-    shorter = (replace(wanted, micro=1, completion=n) for n in range(wanted.completion // 128 * 128, least - 1, -128))
+    shorter = (replace(wanted, micro=1, completion=n, host_embedding=not s.tied and wanted.cuda) for n in range(wanted.completion // 128 * 128, least - 1, -128))
     return next((c for c in shorter if total(s, c) <= gb), None)
 
 
 def flags(setting: Setting) -> str:
     """The options of `sft` or `grpo` that give this setting."""
+    host = " --embedding host" * setting.host_embedding
     if setting.rollout == "none":
-        return f"--bits {setting.bits} --micro-batch {setting.micro} --max-length {setting.completion}"
+        return f"--bits {setting.bits} --micro-batch {setting.micro} --max-length {setting.completion}{host}"
     words = [f"--group-size {setting.group} --micro-batch {setting.micro} --max-tokens {setting.completion} --rollout {setting.rollout}"]
     words += [f"--rollout-type {setting.rollout_type}"] if setting.rollout == "llama" else []
-    return " ".join(words + (["--judge-gpu-layers 0"] if setting.judge_bytes and not setting.judge_on_gpu else []))
+    return " ".join(words + (["--judge-gpu-layers 0"] if setting.judge_bytes and not setting.judge_on_gpu else [])) + host
 
 
 def advice(config: dict, gb: float, *, model: str = "MODEL", length: int = 2048, prompt: int = 512, completion: int = 256, group: int = 8, judge_bytes: int = 270_000_000, judge_vocabulary: int = 49_152, **machine) -> list[str]:

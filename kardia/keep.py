@@ -86,6 +86,7 @@ def whole_checkpoints(run: Run, trainer) -> None:
             if together.rank():
                 return
             (hidden / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            shutil.rmtree(hidden / name / "ref", ignore_errors=True)  # TRL's KL reference: beside it, transformers would not load the adapter itself
             write_json(hidden / name / SEAL, {p.name: file_hash(p) for p in sorted((hidden / name).iterdir()) if p.is_file()})
             to_disk(hidden / name)
             if target.exists():  # a damaged one that was skipped

@@ -251,7 +251,7 @@ def _wrong_facts(facts: Any) -> str | None:
     """What of a run.json cannot be, in a few words."""
     if not isinstance(facts, dict):
         return "not a JSON object"
-    kinds = {"command": str, "options": dict, "model": str, "base": str, "base_hash": str, "bits": int, "hashes": (dict, type(None)), "base_gguf": (str, type(None)), "ladder": (list, type(None))}
+    kinds = {"command": str, "options": dict, "model": str, "base": str, "base_hash": str, "bits": int, "hashes": (dict, type(None)), "base_gguf": (str, type(None)), "ladder": (list, type(None)), "setting": (dict, type(None))}
     facts.setdefault("options", {})
     if odd := [key for key, kind in kinds.items() if (key in facts or key == "command") and not isinstance(facts.get(key), kind)]:
         return f"{odd[0]} is {'missing' if odd[0] not in facts else type(facts[odd[0]]).__name__}"
@@ -354,7 +354,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gguf", "llama-cpp-python", "unsloth"):
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "gguf", "llama-cpp-python", "unsloth", "unsloth_zoo"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

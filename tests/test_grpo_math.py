@@ -253,7 +253,7 @@ def test_an_inspected_step_tells_log_probs_of_the_weights_before_and_after_it(ti
     rollout = fixed_rollouts(renderer.tokenizer, [7, 3, 12, 1, 9])
     remember = lambda prompts, trainer: drawn.append(rollout(prompts, trainer)) or drawn[-1]  # noqa: E731
     trainer = k.make_grpo_trainer_class()(model=model, reward_funcs=lambda completion_ids, **_: [sum(ids) % 97 / 97 for ids in completion_ids], args=config, train_dataset=rows,
-                                          processing_class=renderer.tokenizer, rollout_func=remember, share_prefix=share_prefix)  # fmt: skip
+                                          processing_class=renderer.tokenizer, rollout_func=remember, enable=packing.enable if share_prefix else lambda model: "not wanted")  # fmt: skip
     trainer.create_model_card = lambda *_, **__: None
     trainer.inspecting, told = True, []
 

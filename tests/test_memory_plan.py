@@ -283,7 +283,7 @@ def test_a_config_inside_a_larger_one():
     assert budget.shape_of({"text_config": inner, "tie_word_embeddings": False}) == budget.shape_of(SHAPES["Qwen2.5-7B"])
 
 
-@pytest.mark.parametrize("rollout", ["llama", "hf", "none"])
+@pytest.mark.parametrize("rollout", ["llama", "hf", "vllm", "none"])
 def test_more_of_anything_never_takes_less(rollout):
     rng = random.Random(0)
     for _ in range(300):
@@ -314,23 +314,21 @@ def test_what_is_said_to_fit_does_and_a_larger_card_never_gives_up_more(model, w
     assert budget.price(before) == min(map(budget.price, budget.candidates(wanted)))
 
 
-@pytest.mark.parametrize("wanted", [SFT, *(c for name in JUDGES for c in budget.candidates(grpo(*JUDGES[name])))], ids=budget.flags)
+@pytest.mark.parametrize("wanted", [SFT, *(c for name in JUDGES for c in budget.candidates(grpo(*JUDGES[name]), tied=False))], ids=budget.flags)
 def test_flags_are_options_of_the_commands(wanted):
     import kardia_lite as k
 
     command = k.cli.commands["sft" if wanted.rollout == "none" else "grpo"]
     known = {name for option in command.params for name in option.opts}
     words = budget.flags(wanted).split()
-    if "--rollout-type" in words and "--rollout-type" not in known:
-        at = words.index("--rollout-type")
-        del words[at : at + 2]
     needed = ["--out", "run"] + (["--from", "run"] if "--from" in known else [])
     values = command.make_context("x", words + needed, resilient_parsing=False).params
     assert values["micro_batch"] == wanted.micro
+    assert values["embedding"] == ("host" if wanted.host_embedding else "auto") and values.get("rollout_type") == (wanted.rollout_type if wanted.rollout == "llama" else "auto" if wanted.rollout == "hf" else None)
     assert values.get("rollout", "none") == wanted.rollout and values.get("judge_gpu_layers", -1) == (-1 if wanted.judge_on_gpu else 0)
 
 
-@pytest.mark.parametrize("gb, words", [(5.0, "does not fit"), (5.0, "take a smaller model"), (7.6, "fits if they are cut to"), (11.0, "--rollout hf"), (30.0, "--rollout-type bf16 --out RUN")])
+@pytest.mark.parametrize("gb, words", [(5.0, "does not fit"), (5.0, "take a smaller model"), (6.4, "fits if they are cut to"), (7.6, "--embedding host --out RUN"), (11.0, "--rollout hf"), (30.0, "--rollout-type bf16 --out RUN")])
 def test_advice_names_terms_that_add_up_and_the_command(gb, words):
     lines = budget.advice(SHAPES["Qwen2.5-7B"], gb, model="m")
     assert words in "\n".join(lines)
@@ -347,13 +345,27 @@ def test_advice_for_a_cpu_and_what_would_help():
     assert all("--bits 4 would fit" in line for line in wide if "too much" in line) and "too much" in "\n".join(wide)
 
 
-def test_a_run_plans_with_what_it_knows():
-    """`memory.plan` as kardia_lite calls it: the row of the longest pass, and a group or none."""
-    config = SHAPES["Qwen2.5-1.5B"]
-    common = {"bits": 4, "rank": 16, "completion": 256, "checkpointing": True, "cuda": True}
-    assert memory.plan(config, tokens=2048, group=0, judge_bytes=0, **{**common, "completion": 0}) == budget.terms(config, SFT)
-    assert memory.plan(config, tokens=512 + 8 * 256, group=8, judge_bytes=270_000_000, **common) == budget.terms(config, grpo(270_000_000, 49_152))
-    assert memory.plan(config, tokens=512 + 2 * 256, group=8, micro=2, rollout="hf", judge_bytes=0, **common) == budget.terms(config, grpo(0, 49_152, micro=2, rollout="hf"))
-    on_cpu = memory.plan(config, tokens=512, group=0, judge_bytes=0, **{**common, "bits": 16, "checkpointing": False, "cuda": False, "item": 4})
-    assert "CUDA itself" not in on_cpu and on_cpu["libraries"] > 0
-    json.dumps(on_cpu)
+def test_what_the_user_said_is_not_chosen_for_them():
+    """On a card that is too small for the wish, only what is `free` changes; on a CPU nothing does."""
+    config, wanted = SHAPES["Qwen2.5-7B"], grpo(270_000_000, 49_152)
+    gb = budget.usable(12)
+    assert budget.total(config, wanted) > gb
+    everything = budget.choose(config, gb, wanted, budget.FREE)
+    assert budget.total(config, everything) <= gb and everything.rollout_type == "q4_k_m" and not everything.judge_on_gpu
+    told = budget.chosen(everything, wanted)
+    assert "rollouts from a q4_k_m GGUF" in told and "the judge on the CPU" in told
+    for name in budget.FREE:
+        some = budget.choose(config, gb, wanted, (name,))
+        assert {key for key in vars(wanted) if getattr(some, key) != getattr(wanted, key)} <= {name, *(["rollout_type"] if name == "rollout" else [])}
+    assert budget.choose(config, gb, wanted, ()) == wanted and budget.chosen(wanted, wanted) == ""
+    assert budget.choose(config, gb, replace(wanted, cuda=False), budget.FREE) == replace(wanted, cuda=False)
+    tied = budget.choose(SHAPES["Qwen2.5-3B"], 1.0, grpo(0, 0), budget.FREE)
+    assert not tied.host_embedding  # the output matrix needs it
+
+
+@pytest.mark.parametrize("change", [{"micro": -1}, {"micro": "8"}, {"rollout": "rm -rf"}, {"bits": True}, {"extra": 1}, None])
+def test_a_setting_from_a_run_json_is_checked(change):
+    facts = json.loads(json.dumps(vars(grpo(1, 2))))
+    assert budget.Setting.of(facts) == grpo(1, 2)
+    with pytest.raises(ValueError, match="damaged"):
+        budget.Setting.of({**facts, **change} if change else "x")
