@@ -1253,7 +1253,7 @@ def run_grpo(options: GRPOOptions, run: Run, base: Base, engine: str, setting: b
     rollouts = Rollouts(worker, renderer, dialogues, options, rubric, judge, base, run, board)
     if rollout == "llama":  # once measured, the attention stays what it is: another one would draw other answers after a resume
         gguf = base.quantized(worker, bits, setting.rollout_type)
-        run.update(fused_attention=load_for_rollouts(worker, gguf, run.facts.get("fused_attention")))
+        run.update(fused_attention=load_for_rollouts(worker, gguf, run.facts.get("fused_attention"), planned=True))
     trainer_class = make_grpo_trainer_class()
     with lora_unrounded(model):
         trainer = trainer_class(model=model, reward_funcs=rollouts.reward_functions(), args=config, train_dataset=Dataset.from_list(rows), processing_class=renderer.tokenizer,
@@ -1291,10 +1291,15 @@ def vllm_arguments(setting: budget.Setting, base: Base) -> dict[str, Any]:
     return dict(vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=round(min(0.9, max(0.05, share)), 3), vllm_max_model_length=setting.prompt + setting.completion)
 
 
-def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None) -> bool:
-    """The policy's base in the llama worker: all layers on the GPU, or none where there is no GPU. Returns which attention it
-    uses (`fused`: which one to use; None: what is faster here)."""
-    gpu = memory.has_gpu()
+def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None, planned: bool = False) -> bool:
+    """The policy's base in the llama worker: all layers on the GPU, or none where it does not fit (`planned`: it does). Returns which
+    attention it uses (`fused`: which one to use; None: what is faster here)."""
+    if not planned and (loaded := worker.holds("policy", gguf)):
+        return loaded["fused"]
+    worker.unload("policy")
+    gpu = memory.has_gpu() and (planned or memory.on_gpu(gguf.stat().st_size))
+    if memory.has_gpu() and not gpu:
+        say(f"  {gguf.name} of {gguf.stat().st_size / memory.GB:.1f} GB does not fit on the GPU beside the rest: it answers on the CPU")
     fused = not gpu and fused_attention(worker, gguf) if fused is None else fused
     worker.load("policy", gguf, -1 if gpu else 0, fused=fused)
     return fused

@@ -164,7 +164,7 @@ def update(s: Shape, setting: Setting) -> tuple[float, float]:
     attention = s.query * (2 * T + 2 * n * C + P) + 2 * n * (P + C) * s.kv + 2 * P * s.query + s.heads // s.kv_heads * C * (P + C) if P else 5 * T * s.query
     other = i * (attention + 7 * setting.rank * T) + 4 * T * s.heads + 8 * T * h  # and LoRA's middles, softmax norms, two float32 inputs of norms
     dequantized = i * h * max(inner, s.query) if setting.bits == 4 else 0  # bitsandbytes' MatMul4Bit keeps only the 4-bit matrix, and makes this one anew each time
-    logits = (14 if i == 2 else 12) * setting.chunk * s.vocabulary + 2 * i * n * C * h + (4 + i) * T * h  # token_logps: the last chunk still there, this one in half and float32; slopes; the last norm
+    logits = 12 * setting.chunk * s.vocabulary + 2 * i * n * C * h + (4 + i) * T * h  # token_logps: a chunk's logits and probabilities, in float32 and in what is computed; slopes; the last norm
     half = 2 * sum(s.lora(setting.rank)) if i == 2 else 0  # autocast's copies of the adapter; with checkpointing they are gone before the backward pass
     if not setting.checkpointing:
         return s.layers * (i * T * (4 * inner + 2 * h) + other) + half, max(logits, 2 * i * T * inner + dequantized)

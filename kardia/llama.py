@@ -239,6 +239,7 @@ class _Engine:
             params.n_ctx, params.n_seq_max = cells, n_seq
             params.n_batch, params.n_ubatch = cells, min(512, cells)
             params.kv_unified = unified
+            params.op_offload = params.offload_kqv = self._on_gpu(entry)  # a model that was put on the CPU takes nothing of the GPU
             params.n_threads = params.n_threads_batch = entry.threads
             if not self._on_gpu(entry) and (unified or not entry.fused):
                 params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -639,6 +640,11 @@ class Worker:
             self.info[role] = self.call("load", role=role, **arguments)
             self._loads[role], self._loras[role] = arguments, None
         return self.info[role]
+
+    def holds(self, role: str, path: str | Path) -> dict | None:
+        """The arguments `load` was called with, if that is what is loaded."""
+        arguments = self._loads.get(role)
+        return arguments if arguments and arguments["path"] == str(path) else None
 
     def unload(self, role: str) -> None:
         if self._loads.pop(role, None):

@@ -303,6 +303,7 @@ def _function():
                 logps, entropies, best = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
                 with torch.autocast(hidden.device.type, enabled=False):
                     for start in range(0, len(targets), chunk):
+                        logits = p = None  # the chunk before goes first
                         here = slice(start, start + chunk)
                         logits = (hidden[here].to(weight.dtype) @ weight.T).float()  # [chunk, vocabulary]
                         if softcap:

@@ -34,32 +34,33 @@ def grpo(judge_bytes, judge_vocabulary, **more):
 
 
 def words(s):
+    host = ["table on host"] * s.host_embedding
     if s.rollout == "none":
-        return ""
-    return f"{s.rollout + ' ' + s.rollout_type if s.rollout == 'llama' else 'hf'}, micro {s.micro}" + ("" if s.judge_on_gpu else ", judge on CPU")
+        return ", ".join(host)
+    passes = [f"micro {s.micro}"] * (s.micro < s.group)
+    return ", ".join([s.rollout_type if s.rollout == "llama" else "hf", *passes, *["judge on CPU"] * (not s.judge_on_gpu), *host])
 
 
-def main(show_terms: bool, host_embedding: bool) -> None:
+def main(show_terms: bool) -> None:
     rows = [("SFT, 2,048 tokens", SFT), *((f"GRPO 8 x 256, {name}", grpo(*judge)) for name, judge in JUDGES.items())]
-    print("| | " + " | ".join(f"{card} GB card" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
+    print("| | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
     for model, config in SHAPES.items():
         for what, wanted in rows:
             cells = []
-            wanted = replace(wanted, host_embedding=host_embedding)
             for card in CARDS:
                 best, least = budget.fit(config, budget.usable(card), wanted)
                 if best is None and wanted.rollout == "none" and (best := budget.longest_that_fits(config, budget.usable(card), wanted)):
-                    cells.append(f"{budget.total(config, best):.1f} GB, cut to {best.completion:,} tokens")
+                    cells.append(f"{budget.total(config, best):.1f}, cut to {best.completion:,} tokens")
                 else:
-                    cells.append(f"{budget.total(config, best):.1f} GB{', ' * bool(words(best))}{words(best)}" if best else f"no ({budget.total(config, least):.1f} GB)")
+                    cells.append(f"{budget.total(config, best):.1f}{', ' * bool(words(best))}{words(best)}" if best else f"no ({budget.total(config, least):.1f})")
             print(f"| {model}, {what} | " + " | ".join(cells) + " |")
     if show_terms:
         for model, config in SHAPES.items():
             for what, wanted in rows:
                 for micro in (wanted.micro,):
-                    found = budget.terms(config, replace(wanted, micro=micro, host_embedding=host_embedding))
+                    found = budget.terms(config, replace(wanted, micro=micro))
                     print(f"\n{model}, {what}: {sum(found.values()):.2f} GB\n" + "\n".join(f"  {gb:6.2f} {name}" for name, gb in found.items()))
 
 
 if __name__ == "__main__":
-    main("--terms" in sys.argv, "--host-embedding" in sys.argv)
+    main("--terms" in sys.argv)
