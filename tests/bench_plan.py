@@ -2,6 +2,7 @@
 
     python tests/bench_plan.py            the table in Markdown
     python tests/bench_plan.py --terms    and each plan term by term
+    python tests/bench_plan.py --count    how far the plan of an update is from what the real one takes, counted on tensors without data (a minute)
 """
 
 import sys
@@ -41,6 +42,17 @@ def words(s):
     return ", ".join([s.rollout_type if s.rollout == "llama" else "hf", *passes, *["judge on CPU"] * (not s.judge_on_gpu), *host])
 
 
+def count() -> None:
+    import pytest
+    import test_memory_plan as counting
+
+    print("| planned, relative to counted | of what the update takes | with weights, LoRA and gradients |\n|---|---|---|")
+    for model, config in SHAPES.items():
+        for what, setting in counting.SETTINGS.items():
+            _, update, both = counting.compare(config, setting, pytest.MonkeyPatch())
+            print(f"| {model}, {what} | {update:+.1%} | {both:+.1%} |", flush=True)
+
+
 def main(show_terms: bool) -> None:
     rows = [("SFT, 2,048 tokens", SFT), *((f"GRPO 8 x 256, {name}", grpo(*judge)) for name, judge in JUDGES.items())]
     print("| | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
@@ -63,4 +75,4 @@ def main(show_terms: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--terms" in sys.argv)
+    count() if "--count" in sys.argv else main("--terms" in sys.argv)
