@@ -363,20 +363,17 @@ def choose_engine(engine: str, base: Base) -> str:
 
     if engine == "unsloth" and together.size() > 1:
         raise UserError("--engine unsloth trains in one process; --engine transformers takes several")
-    available = find_spec("unsloth") is not None and memory.has_gpu() and together.size() == 1
+    available = find_spec("unsloth") is not None and memory.has_gpu() and together.size() == 1 and not unsloth_engine.is_amd()
     if engine == "unsloth" and not available:
         raise UserError("--engine unsloth needs an NVIDIA GPU and `pip install -r requirements-gpu.txt`; --engine transformers works everywhere")
     if engine == "transformers" or not available:
         return "transformers"
-    try:
-        if why := unsloth_engine.hindrance(memory.read_config(base.directory)):
-            raise UserError(f"--engine unsloth: {base.name} has {why}; --engine transformers trains it")
-        unsloth_engine.bring_in(cache_directory())
-    except UserError as error:
+    if why := unsloth_engine.hindrance(memory.read_config(base.directory)):
         if engine == "unsloth":
-            raise
-        say(f"engine: transformers, for {error.message.removeprefix('--engine unsloth: ')}")
+            raise UserError(f"--engine unsloth: {base.name} has {why}; --engine transformers trains it")
+        say(f"engine: transformers, for {base.name} has {why}")
         return "transformers"
+    unsloth_engine.bring_in(cache_directory())  # if it fails, the process is half Unsloth's: then auto cannot take the other way either
     return "unsloth"
 
 
@@ -599,8 +596,8 @@ def run_sft(options: SFTOptions, run: Run, base: Base, engine: str, bits: int, r
     data = [{"input_ids": ids, "labels": labels} for ids, labels in examples]
     longest = sorted(data, key=lambda row: -len(row["input_ids"]))[:micro]
     wanted = budget.Setting(**here(bits), rank=options.lora_rank, completion=sum(len(row["input_ids"]) for row in longest), host_embedding=options.embedding == "host")
-    setting = settle(base, wanted, ("host_embedding",) if options.embedding == "auto" and engine == "transformers" else (), run.facts.get("setting"))
-    run.update(setting=dataclasses.asdict(setting), memory_plan=plan_memory(base, setting))
+    setting, plan = settle(base, wanted, ("host_embedding",) if options.embedding == "auto" and engine == "transformers" else (), run.facts.get("setting"))
+    run.update(setting=dataclasses.asdict(setting), memory_plan=plan)
     model = load_policy(base, engine, bits, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed, host_embedding=setting.host_embedding)
     config = SFTConfig(
         output_dir=str(run.path), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, num_train_epochs=options.epochs,
@@ -678,7 +675,7 @@ def make_sft_trainer_class(packed: bool = True):
             return -logps.sum() / (len(trained) if num_items_in_batch is None else num_items_in_batch) * shares
 
         def _get_train_sampler(self, *arguments):
-            return together.in_one_order(self.examples, self.args.data_seed, len(self.train_dataset)) if together.size() > 1 else super()._get_train_sampler(*arguments)
+            return together.in_one_order(self.examples, self.args.data_seed, len(self.train_dataset), lambda: int(self.state.epoch or 0)) if together.size() > 1 else super()._get_train_sampler(*arguments)
 
         def passes_of(self, inputs, index):
             n, lengths = self.ladder.passes, inputs.get("lengths") or [1] * len(inputs["input_ids"])  # in a padded batch a dialogue is one row
@@ -702,35 +699,27 @@ def here(bits: int) -> dict[str, Any]:
     return dict(bits=bits, cuda=memory.has_gpu(), checkpointing=memory.has_gpu(), item=compute_dtype().itemsize)
 
 
-def settle(base: Base, wanted: budget.Setting, free: tuple[str, ...], before: dict | None = None) -> budget.Setting:
-    """What of a run is ours to choose (`free`), chosen so that it fits this GPU, before anything is loaded. `before`: what an
-    interrupted run had, which stays."""
+def settle(base: Base, wanted: budget.Setting, free: tuple[str, ...], before: dict | None = None) -> tuple[budget.Setting, dict[str, float]]:
+    """What of a run is ours to choose (`free`), chosen so that it fits this GPU, before anything is loaded; and its plan, GB per
+    term: the report puts what was measured beside it. `before`: what an interrupted run had, which stays."""
     try:
-        if before:
-            return budget.Setting.of(before)
-        gb = memory.available_gb() + budget.CONTEXT["torch"]  # which is in use by now, to know the rest
-        setting = together.same(budget.choose(memory.read_config(base.directory), gb, wanted, free))
+        setting = budget.Setting.of(before) if before else wanted
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    gb = min(together.gather(memory.free_for_us()))
+    try:
+        config = memory.read_config(base.directory)
+        setting = setting if before else budget.choose(config, gb, wanted, free)
+        terms = {name: round(size, 3) for name, size in budget.terms(config, setting).items() if size >= 0.0005}
     except ValueError as error:  # a plan is a service; an architecture that it does not know trains all the same
-        if before:
-            raise UserError(str(error)) from error
-        return wanted
+        say(f"memory: no plan for {base.name} ({error})")
+        return setting, {}
     if told := budget.chosen(setting, wanted):
         say(f"memory: so that it fits into {gb:.1f} GB: {told}")
-    return setting
-
-
-def plan_memory(base: Base, setting: budget.Setting) -> dict[str, float]:
-    """GB per term, told before anything is loaded; the report puts what was measured beside it."""
-    try:
-        terms = budget.terms(memory.read_config(base.directory), setting)
-    except ValueError as error:
-        say(f"memory: no plan for {base.name} ({error})")
-        return {}
-    terms = {name: round(gb, 3) for name, gb in terms.items() if gb >= 0.0005}
-    say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {gb:.2f}' for name, gb in terms.items())})")
-    if sum(terms.values()) > (free := memory.available_gb()) > 0:
-        say(f"  that is more than the {free:.1f} GB that are free: a smaller --micro-batch" + (" or --max-length" if setting.rollout == "none" else ", --group-size or --max-tokens") + " takes less; if memory runs out, the run goes down by itself")
-    return terms
+    say(f"memory, planned: {sum(terms.values()):.1f} GB ({', '.join(f'{name} {size:.2f}' for name, size in terms.items())})")
+    if sum(terms.values()) > gb > 0:
+        say(f"  that is more than the {gb:.1f} GB that are free: a smaller --micro-batch" + (" or --max-length" if setting.rollout == "none" else ", --group-size or --max-tokens") + " takes less; if memory runs out, the run goes down by itself")
+    return setting, terms
 
 
 def describe(base: Base) -> dict[str, Any]:
@@ -848,7 +837,7 @@ def open_judge(worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pair
         with made_once(cached):  # of processes that train together, one sits it
             if not cached.exists():
                 sit()
-    result = json.loads(cached.read_text())
+    result = together.same(json.loads(cached.read_text()))  # one verdict for all, wherever their caches are
     exam.apply(referee, result)
     if memory.has_gpu() and gpu_layers and not referee.info["gpu"]:
         say("  the judge runs on the CPU, because llama.cpp was built for no GPU: `doctor` prints the line that mends it")
@@ -968,12 +957,12 @@ def make_grpo_trainer_class():
             G = self.args.num_generations  # in each prompt's block of the dataloader; of a smaller group the first ones are taken
             inputs, self.drawing = [row for i, row in enumerate(inputs) if i % G < self.num_generations], True
             output = super()._generate_and_score_completions(inputs)
-            self.drawing = False
             if self.trust_sampler and output.get("sampling_per_token_logps") is not None:
                 output["old_per_token_logps"] = output["sampling_per_token_logps"]
             self.seen: list[tuple] = []  # per pass of this step: (input_ids, attention_mask, logits_to_keep, log-probs)
             if self.record:
-                self.record(self.state.global_step + 1, inputs, output)
+                self.together(lambda: self.record(self.state.global_step + 1, inputs, output))
+            self.drawing = False
             return output
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **kwargs):
@@ -1174,32 +1163,35 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     rollout = choose_rollout(options.rollout, base, bits)
     renderer = Renderer(load_tokenizer(base), rubric.form)
     longest = longest_prompt(renderer, dialogues, base, options.max_tokens)
-    before = Run(out).facts.get("setting") if resume and (out / "run.json").is_file() else None
-    setting = settle_grpo(options, base, engine, rollout, bits, read_adapter(adapter)[0]["r"], len(longest), bool(rubric.rewards["rubric"]), before)
+    before = Run(out).facts if resume and (out / "run.json").is_file() else {}
     with Worker() as worker:
+        setting, plan = settle_grpo(options, base, engine, rollout, bits, read_adapter(adapter)[0]["r"], len(longest), bool(rubric.rewards["rubric"]), before, worker)
         judge, result, dropped = None, None, []
         if rubric.rewards["rubric"]:
             judge, result = open_judge(worker, options.judge, rubric, options.judge_gpu_layers if setting.judge_on_gpu else 0, options.exam_pairs, options.judge_lora)
             rubric, dropped = admit(rubric, result, options)
             judge.rubric = rubric
-        facts = dict(parent=str(source), bits=bits, engine=engine, rollout=setting.rollout, setting=dataclasses.asdict(setting), **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
+        facts = dict(parent=str(source), bits=bits, engine=engine, rollout=setting.rollout, **describe(base), form=rubric.form.facts(), judge_exam=result, dropped_criteria=dropped,
                      hashes={"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash, "judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)})  # fmt: skip
         with Run.create(out, "grpo", options, resume, **facts) as run:
             if not keep.already_done(run):
+                run.update(setting=dataclasses.asdict(setting), memory_plan=plan)
                 run_grpo(dataclasses.replace(options, micro_batch=setting.micro), run, base, engine, setting, adapter, dialogues, rubric, renderer, longest, judge, worker)
     return run
 
 
-def settle_grpo(options: GRPOOptions, base: Base, engine: str, rollout: str, bits: int, rank: int, longest: int, judged: bool, before: dict | None) -> budget.Setting:
-    """The setting of a GRPO run: what the user asked for, and what fits."""
+def settle_grpo(options: GRPOOptions, base: Base, engine: str, rollout: str, bits: int, rank: int, longest: int, judged: bool, before: dict, worker: Worker) -> tuple[budget.Setting, dict[str, float]]:
+    """The setting of a GRPO run: what the user asked for, and what fits. `before`: run.json of the run that goes on."""
     judge = resolve_judge(options.judge).stat().st_size if judged else 0
     wanted = budget.Setting(
         **here(bits), rank=rank, prompt=longest, completion=options.max_tokens, group=options.group_size, prompts=options.prompts_per_step // together.size(), micro=options.answers_per_pass(), rollout=rollout,
         rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type, judge_bytes=judge, judge_vocabulary=49_152 if options.judge == EMBEDDED else 151_936, judge_on_gpu=options.judge_gpu_layers != 0,
-        host_embedding=options.embedding == "host",
+        host_embedding=options.embedding == "host", llama_gpu=memory.has_gpu() and worker.has_gpu,
     )  # fmt: skip
     ours = {"micro": not options.micro_batch, "rollout": options.rollout == "auto" and rollout == "llama", "rollout_type": options.rollout_type == "auto", "judge_on_gpu": options.judge_gpu_layers < 0, "host_embedding": options.embedding == "auto" and engine == "transformers"}
-    return settle(base, wanted, tuple(name for name, is_ours in ours.items() if is_ours), before)
+    if before and not before.get("setting"):  # of a version that chose nothing
+        wanted, ours = dataclasses.replace(wanted, rollout=before.get("rollout", rollout)), {"micro": ours["micro"], "judge_on_gpu": ours["judge_on_gpu"]}
+    return settle(base, wanted, tuple(name for name, is_ours in ours.items() if is_ours), before.get("setting"))
 
 
 def admit(rubric: Rubric, result: dict, options: GRPOOptions) -> tuple[Rubric, list[str]]:
@@ -1242,7 +1234,6 @@ def run_grpo(options: GRPOOptions, run: Run, base: Base, engine: str, setting: b
     from datasets import Dataset
 
     G, P, micro, bits, rollout = options.group_size, options.prompts_per_step, setting.micro, setting.bits, setting.rollout
-    run.update(memory_plan=plan_memory(base, setting))
     model = load_policy(base, engine, bits, adapter=adapter, seed=options.seed, host_embedding=setting.host_embedding)
     say(f"GRPO, {engine}, rollouts by {rollout}: {P} prompt{'s' * (P > 1)} x {G} answers = {P * G} per step in {P * G // micro} passes{f' by each of {together.size()} processes' * (together.size() > 1)}, {options.steps} steps, {len(dialogues)} prompts; "
         f"weights {', '.join(f'{k} {v:.2f}' for k, v in rubric.rewards.items())}; rubric of {', '.join(c.name for c in rubric.criteria if c.weight) if judge else 'nothing'}")  # fmt: skip
@@ -1297,8 +1288,9 @@ def load_for_rollouts(worker: Worker, gguf: Path, fused: bool | None = None, pla
     if not planned and (loaded := worker.holds("policy", gguf)):
         return loaded["fused"]
     worker.unload("policy")
-    gpu = memory.has_gpu() and (planned or memory.on_gpu(gguf.stat().st_size))
-    if memory.has_gpu() and not gpu:
+    there = memory.has_gpu() and worker.has_gpu
+    gpu = there and (planned or memory.on_gpu(gguf.stat().st_size))
+    if there and not gpu:
         say(f"  {gguf.name} of {gguf.stat().st_size / memory.GB:.1f} GB does not fit on the GPU beside the rest: it answers on the CPU")
     fused = not gpu and fused_attention(worker, gguf) if fused is None else fused
     worker.load("policy", gguf, -1 if gpu else 0, fused=fused)
@@ -1679,9 +1671,9 @@ def doctor(model: str, vram: float | None, bits: str | None, max_length: int, pr
     try:
         config = memory.read_config(resolve_base(model).directory if not path.exists() or path.suffix == ".gguf" else path)
         card = found.cuda or vram is not None
-        gb = budget.usable(vram) if vram else memory.available_gb()
+        gb = budget.usable(vram) if vram else memory.free_for_us()
         lines = budget.advice(config, gb, model=model, length=max_length, prompt=prompt, completion=max_tokens, group=group_size, judge_bytes=resolve_judge(judge).stat().st_size,
-                              judge_vocabulary=49_152 if judge == EMBEDDED else 151_936, bits=int(bits) if bits else 4 if card else 16, cuda=card, checkpointing=card, item=2 if card else compute_dtype().itemsize)  # fmt: skip
+                              judge_vocabulary=49_152 if judge == EMBEDDED else 151_936, bits=int(bits) if bits else 4 if card else 16, cuda=card, llama_gpu=found.llama_gpu or vram is not None, checkpointing=card, item=2 if card else compute_dtype().itemsize)  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
     click.echo(f"\nmemory plan of {model} for {f'a card of {vram:g} GB, of which {gb:.2f} GB can be used' if vram else f'the {gb:.2f} GB that are free here'}; a run that meets its limit all the same gives up {ORDER}, in this order")

@@ -56,12 +56,13 @@ class Setting:
     checkpointing: bool = True
     cuda: bool = True
     item: int = 2  # bytes of a number in what is computed
+    llama_gpu: bool = True  # can llama.cpp use the GPU? Else judge and rollouts are in the computer's memory, whatever is asked for
 
     @classmethod
     def of(cls, facts: Any) -> "Setting":
         """As a run.json holds it. Raises ValueError for what is none."""
         known = {f.name: f.default for f in fields(cls)}
-        if not isinstance(facts, dict) or facts.keys() != known.keys() or any(type(v) is not type(known[k]) or isinstance(v, int) and not 0 <= v < 2**50 or isinstance(v, str) and v not in WORDS for k, v in facts.items()):
+        if not isinstance(facts, dict) or not facts.keys() <= known.keys() or any(type(v) is not type(known[k]) or isinstance(v, int) and not 0 <= v < 2**50 or isinstance(v, str) and v not in WORDS for k, v in facts.items()):
             raise ValueError("run.json: damaged (setting)")
         return cls(**facts)
 
@@ -254,16 +255,17 @@ def terms(config: dict | Shape, setting: Setting) -> dict[str, float]:
         found["rollouts: beyond the update's"] = max(0.0, generate_bytes(s, setting) - kept - working)
     moving = kept + working + found.get("rollouts: beyond the update's", 0)
     found["pieces the allocator holds"] = moving * (FRAGMENTS if setting.cuda else HEAP)
-    if setting.rollout == "llama":
+    here = setting.llama_gpu or not setting.cuda
+    if setting.rollout == "llama" and here:
         found |= llama_terms(s, setting)
     if setting.rollout == "vllm":
         found["rollouts: vLLM"] = vllm_bytes(s, setting)
-    if setting.judge_bytes and (setting.judge_on_gpu or not setting.cuda):
+    if setting.judge_bytes and here and (setting.judge_on_gpu or not setting.cuda):
         found["judge"] = setting.judge_bytes + compute_buffer(setting.judge_vocabulary, 2048) + JUDGE_KV * GB
     if not setting.cuda:
         found["libraries"] = LIBRARIES * GB
     else:
-        found["CUDA itself"] = GB * (CONTEXT["torch"] + (CONTEXT["llama.cpp"] if setting.rollout != "none" else 0))
+        found["CUDA itself"] = GB * (CONTEXT["torch"] + (CONTEXT["llama.cpp"] if setting.rollout != "none" and here else 0))
     return {name: n / GB for name, n in found.items()}
 
 

@@ -128,7 +128,7 @@ def finish(run: Run, trainer, checkpoint: Path | None, patience: int = 0, step_d
     callback = live.recorder(run, board, patience, step_done)
     trainer.add_callback(callback)
     trainer.on_rehearsed = callback.discount
-    run.rewind(step_of(checkpoint) if checkpoint else 0)
+    together.first(lambda: run.rewind(step_of(checkpoint) if checkpoint else 0))  # the others read what is left
     if checkpoint:
         say(f"going on from step {step_of(checkpoint)}")
     logged = [row for _, row, _ in json_lines(run.path / "log.jsonl")] if (run.path / "log.jsonl").exists() else []
@@ -182,6 +182,8 @@ def _close(run: Run, trainer, facts: dict) -> None:
 def _train(trainer, checkpoint: Path | None) -> None:
     """The Trainer's loop, from a checkpoint or from the beginning. One of the last step is loaded only: the loop would take another."""
     try:
+        if checkpoint:  # an older version kept TRL's reference in it
+            together.first(lambda: shutil.rmtree(checkpoint / "ref", ignore_errors=True))
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else None
         if state and state["global_step"] >= state["max_steps"]:
             trainer._load_from_checkpoint(str(checkpoint))

@@ -252,7 +252,7 @@ def recorder(run: Run, board: Board, patience: int = 0, step_done: Callable[[int
             run.append("log.jsonl", [row])
             board.step(row)
             self.idle = idle_steps([row], self.idle)
-            if patience and self.idle >= patience:
+            if together.any_of(bool(patience) and self.idle >= patience):
                 self.stuck = control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **_):

@@ -211,6 +211,9 @@ class _Engine:
         if old:
             self.lib.llama_adapter_lora_free(old)
 
+    def has_gpu(self) -> bool:
+        return bool(self.lib.llama_supports_gpu_offload())
+
     def _on_gpu(self, entry: _Model) -> bool:
         return bool(entry.gpu_layers and self.lib.llama_supports_gpu_offload())
 
@@ -641,6 +644,11 @@ class Worker:
             self._loads[role], self._loras[role] = arguments, None
         return self.info[role]
 
+    @property
+    def has_gpu(self) -> bool:
+        """Can llama.cpp, as it was built, use a GPU that is here? The worker is asked: torch's process is to load none of CUDA twice."""
+        return self.call("has_gpu")
+
     def holds(self, role: str, path: str | Path) -> dict | None:
         """The arguments `load` was called with, if that is what is loaded."""
         arguments = self._loads.get(role)
@@ -695,8 +703,8 @@ def fused_is_faster(worker: Worker, path: str | Path, rounds: int = 3) -> bool:
 
 def own_gpu() -> str | None:
     """The GPU of this process among several that train together, as CUDA_VISIBLE_DEVICES names it: llama.cpp would otherwise lay
-    a model's layers over all GPUs it sees. None: one process, whose environment says it already."""
-    if together.size() == 1:
+    a model's layers over all GPUs it sees. None: one process, or no GPU is to be seen; the environment says it already."""
+    if together.size() == 1 or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return visible[together.local_rank()] if together.local_rank() < len(visible) else str(together.local_rank())

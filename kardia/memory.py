@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from kardia import together
+from kardia.budget import CONTEXT
+
 GB = 1e9
 
 
@@ -117,6 +120,11 @@ def available_gb() -> float:
     return psutil.virtual_memory().available / GB
 
 
+def free_for_us() -> float:
+    """GB a run may take from its beginning: what is free, and on a GPU what it took of that to be asked (kardia/budget.py plans for it)."""
+    return available_gb() + (CONTEXT["torch"] if has_gpu() else 0.0)
+
+
 def on_gpu(n_bytes: float) -> bool:
     """Does a model of `n_bytes` fit beside what the GPU holds now, with room for its activations?"""
     if not has_gpu():
@@ -177,7 +185,7 @@ def used_gb(age: float = 0.0) -> float:
         if has_gpu():
             import torch
 
-            free, total = torch.cuda.mem_get_info()
+            free, total = torch.cuda.mem_get_info(together.local_rank())  # a thread's own "current device" is always the first
             gb = (total - free) / GB
         else:
             gb = processes_gb()
@@ -200,7 +208,7 @@ def keep_on_host(model) -> None:
     class OnHost(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.__dict__["inner"] = inner.to("cpu")  # not as a child: nobody is to move it, or to take its place for the model's
+            self.__dict__["inner"] = inner.to("cpu").requires_grad_(False)  # not as a child: nobody is to move it, or to take its place for the model's
 
         @property
         def weight(self):

@@ -193,8 +193,9 @@ class Run:
     def _same(self, options: Any, asked: dict[str, Any], hashes: dict[str, str]) -> None:
         """Raises UserError unless the run was asked for the same, with the same files."""
         free = {f.name for f in dataclasses.fields(options) if f.metadata.get("free")}  # what changes no number of the run
-        if changed := [k for k, v in asked.items() if self.facts["options"].get(k) != v and k not in free]:
-            raise UserError(f"{self.path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {self.facts['options'].get(changed[0])!r}); repeat the run's own options")
+        had = {f.name: str(f.default) if isinstance(f.default, Path) else f.default for f in dataclasses.fields(options)} | self.facts["options"]  # an older version knew fewer
+        if changed := [k for k, v in asked.items() if had[k] != v and k not in free]:
+            raise UserError(f"{self.path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {had[changed[0]]!r}); repeat the run's own options")
         before = self.facts.get("hashes") or {}
         if other := [name for name, value in hashes.items() if before.get(name, value) != value]:
             raise UserError(f"{self.path}: --resume, but the {other[0]} is not what it was when the run began ({before[other[0]]}, now {hashes[other[0]]}); put the old one back, or begin another run")

@@ -122,6 +122,7 @@ def first(work: Callable[[], T]) -> T | None:
         gather("failed")
         raise
     if "failed" in gather("done"):
+        speak_after_the_first()  # time for it to be heard
         sys.exit(1)
     return done
 
@@ -171,10 +172,11 @@ def guard_forward(module, out_of_memory: Callable[[BaseException], bool]) -> Non
     module.forward = lambda *rows, **more: all_or_none(lambda: forward(*rows, **more), out_of_memory) if torch.is_grad_enabled() else forward(*rows, **more)
 
 
-def in_one_order(examples: int, seed: int, rows: int):
+def in_one_order(examples: int, seed: int, rows: int, epoch: Callable[[], int]):
     """A sampler for a dataset of `examples`, then blank ones up to `rows`: the order in which one process would take the
     examples (transformers' shuffle), whose consecutive batches go to the processes in turn. Without blank ones accelerate fills
-    the last batch with examples from the beginning, which would then count twice."""
+    the last batch with examples from the beginning, which would then count twice. `epoch` is asked at its beginning: accelerate does
+    not find this sampler when a run goes on in the middle of one."""
     from accelerate.data_loader import SeedableRandomSampler
     from torch.utils.data import Sampler
 
@@ -183,14 +185,12 @@ def in_one_order(examples: int, seed: int, rows: int):
             self.shuffled = SeedableRandomSampler(range(examples), data_seed=seed)
 
         def __iter__(self):
+            self.shuffled.set_epoch(epoch())
             yield from self.shuffled
             yield from range(examples, rows)
 
         def __len__(self) -> int:
             return rows
-
-        def set_epoch(self, epoch: int) -> None:
-            self.shuffled.set_epoch(epoch)
 
     return InOneOrder()
 

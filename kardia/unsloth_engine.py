@@ -57,13 +57,16 @@ def prepare_import(cache: Path) -> None:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str((cache / "unsloth").absolute()))
 
 
+def is_amd() -> bool:
+    """There UNSLOTH_ALLOW_CPU would change more than the trainers."""
+    import torch
+
+    return bool(torch.version.hip)
+
+
 def bring_in(cache: Path) -> None:
     """Import Unsloth, ahead of trl, transformers and peft, which it patches; then see whether TRL's trainers are TRL's own."""
     prepare_import(cache)
-    import torch
-
-    if torch.version.hip:
-        raise UserError("--engine unsloth is not used on AMD GPUs here; --engine transformers works")
     try:
         with _hushed():
             import unsloth  # noqa: F401

@@ -1,7 +1,7 @@
 """The command line as a launcher starts it, with what test_together.py changes of it. What to change stands in the environment:
 
     SIGNAL           rewards that differ: a random model's answers would all get 0
-    OUT_OF_MEMORY    "1 draw" or "1 update": process 1, once, where its answers are drawn or a pass of several answers is computed
+    OUT_OF_MEMORY    "1 draw", "1 record" or "1 update": process 1, once, where its answers are drawn or written down, or a pass of several is computed
     UNPACKED         as if attention could not be exchanged: TRL's own path
     STOP_AT          step after which process 1 alone gets a SIGTERM
     FAIL_IN          process that meets an error the others do not
@@ -53,6 +53,8 @@ def change() -> None:
     if who == str(together.rank()):
         if where == "draw":
             k.Rollouts._draw = failing_once(k.Rollouts._draw, lambda rollouts, prompts, trainer: trainer.state.global_step == 1)
+        elif where == "record":
+            k.Rollouts.record = failing_once(k.Rollouts.record, lambda rollouts, step, *_: step == 2)
         else:
             packing.Pack.logps = failing_once(packing.Pack.logps, lambda row, *_: len(row.real) > 1 and torch.is_grad_enabled())  # not in the trial of packed rows
     if together.rank() == 1 and (step := asked("STOP_AT")):
@@ -66,10 +68,10 @@ def change() -> None:
         live.log_row = then_stop
     if asked("FAIL_IN") == str(together.rank()):
 
-        def fail(*_):
+        def fail(*_, **__):
             raise k.UserError("only here")
 
-        k.check_fits = k.load_policy = fail
+        k.load_policy = fail
 
 
 if __name__ == "__main__":  # not in the llama worker, which imports this file, too

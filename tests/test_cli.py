@@ -308,7 +308,7 @@ def test_show_names_what_is_trained(tmp_path):
 def test_a_model_whose_memory_cannot_be_planned_trains_all_the_same(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     base, wanted = k.Base("odd", tmp_path, None, "x"), k.budget.Setting(cuda=False)
-    assert k.plan_memory(base, wanted) == {} and k.settle(base, wanted, ()) == wanted
+    assert k.settle(base, wanted, ()) == (wanted, {})
     assert "no plan for odd (config.json has no" in capsys.readouterr().err
 
 
@@ -318,3 +318,15 @@ def test_a_run_stopped_by_its_patience_may_go_on_with_more(tmp_path):
     assert k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0), resume=True).facts["command"] == "grpo"
     with pytest.raises(k.UserError, match="--resume with another --steps"):
         k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0, steps=7), resume=True)
+
+
+def test_a_run_of_a_version_with_fewer_options_goes_on(tmp_path):
+    """An option that its run.json does not know had its default then; any other value now is another run."""
+    run = k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(), False)
+    options = {name: value for name, value in run.facts["options"].items() if name not in ("embedding", "rollout_type")}
+    with run:
+        run.update(options=options)
+    with k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(), True) as again:
+        assert again.facts["options"] == options
+    with pytest.raises(k.UserError, match="--resume with another --rollout-type"):
+        k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(rollout_type="q8_0"), True)

@@ -89,6 +89,7 @@ def test_an_embedding_table_in_the_computers_memory_changes_nothing(tiny_directo
         model.gradient_checkpointing_enable({"use_reentrant": False})
     a, b = gradients(plain, ids), gradients(host, ids)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert host.get_input_embeddings().weight.grad is None  # a table of its size once more, at every pass
     assert packing.enable(host.base_model.model) is None
     assert torch.equal(plain.generate(input_ids=ids[None], max_new_tokens=5, do_sample=False), host.generate(input_ids=ids[None], max_new_tokens=5, do_sample=False))
 

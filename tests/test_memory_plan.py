@@ -359,6 +359,8 @@ def test_what_the_user_said_is_not_chosen_for_them():
         assert {key for key in vars(wanted) if getattr(some, key) != getattr(wanted, key)} <= {name, *(["rollout_type"] if name == "rollout" else [])}
     assert budget.choose(config, gb, wanted, ()) == wanted and budget.chosen(wanted, wanted) == ""
     assert budget.choose(config, gb, replace(wanted, cuda=False), budget.FREE) == replace(wanted, cuda=False)
+    far = budget.choose(config, gb, replace(wanted, llama_gpu=False), budget.FREE)  # llama.cpp takes nothing of the card: no reason to give up anything but
+    assert far.rollout_type == "bf16" and far.micro == 8 and far.judge_on_gpu  # what torch holds
     tied = budget.choose(SHAPES["Qwen2.5-3B"], 1.0, grpo(0, 0), budget.FREE)
     assert not tied.host_embedding  # the output matrix needs it
 
@@ -367,5 +369,6 @@ def test_what_the_user_said_is_not_chosen_for_them():
 def test_a_setting_from_a_run_json_is_checked(change):
     facts = json.loads(json.dumps(vars(grpo(1, 2))))
     assert budget.Setting.of(facts) == grpo(1, 2)
+    assert budget.Setting.of({"micro": 4}).micro == 4  # of a version that knew less
     with pytest.raises(ValueError, match="damaged"):
         budget.Setting.of({**facts, **change} if change else "x")

@@ -97,12 +97,12 @@ def test_grpo_of_two_processes_is_grpo_of_one(work, sft, grpo):
     assert {path.name for path in (work / "grpo2").iterdir()} == {"adapter", "log.jsonl", "run.json", "completions.jsonl", "tokens.jsonl"}
 
 
-@pytest.mark.parametrize("where", ["draw", "update"])
+@pytest.mark.parametrize("where", ["draw", "record", "update"])
 def test_when_one_runs_out_of_memory_both_go_down(work, sft, grpo, where):
     out = work / f"memory-{where}"
     err = trained("grpo", "--from", sft, *GRPO, "--rubric", work / "rubric.yaml", "--out", out, SIGNAL="1", OUT_OF_MEMORY=f"1 {where}")
     (rung,) = json.loads((out / "run.json").read_text())["ladder"]
-    assert ("completion length 16 -> 12" if where == "draw" else "micro-batch 2 -> 1") in rung["why"] and "another process" in rung["why"]
+    assert ("micro-batch 2 -> 1" if where == "update" else "completion length 16 -> 12") in rung["why"] and "another process" in rung["why"]
     assert err.count("and the step once more") == 1
     if where == "update":  # smaller passes change no number by more than rounding; from the second step on other answers may be drawn
         one, two = log_of(grpo)[0], log_of(out)[0]
@@ -118,6 +118,18 @@ def test_a_signal_to_one_stops_both_and_they_go_on(work, sft, grpo):
     assert not list(out.glob(".checkpoint*"))
     trained(*arguments, "--resume", SIGNAL="1")
     same_training(grpo, out)
+
+
+def test_sft_stopped_in_its_second_epoch_goes_on_where_it_was(work, little, sft):
+    """The order of an epoch is asked of its number; and lines that a kill left behind are gone before anyone counts them."""
+    out = work / "stopped-sft"
+    arguments = ["sft", "--model", little, *SFT, "--rubric", work / "rubric.yaml", "--out", out]
+    code, _, err = command(*arguments, STOP_AT="4")
+    assert code == 1 and "of 6; go on with the same command and --resume" in err
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "loss": 9.0}\n{"step": 7, "lo')
+    trained(*arguments, "--resume")
+    same_training(sft, out)
 
 
 def test_a_mistake_that_one_makes_alone_is_told(work, sft):
@@ -139,10 +151,10 @@ def test_only_training_is_launched(monkeypatch):
     result = CliRunner().invoke(k.cli, ["report", "x"])
     assert result.exit_code == 1 and "report runs in one process" in result.output
     with pytest.raises(UserError, match="trains in one process"):
-        k.choose_engine("unsloth")
+        k.choose_engine("unsloth", None)
 
 
-@pytest.mark.parametrize("visible, expected", [(None, "1"), ("4,7", "7"), ("GPU-a,GPU-b", "GPU-b")])
+@pytest.mark.parametrize("visible, expected", [(None, "1"), ("4,7", "7"), ("GPU-a,GPU-b", "GPU-b"), ("", None), ("-1", None)])
 def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, expected):
     from kardia import llama
 
@@ -150,7 +162,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, expected):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert llama.own_gpu() == expected
 
