@@ -942,6 +942,8 @@ def make_grpo_trainer_class():
             self.num_generations, self.max_completion_length, self.seen = self.ladder.group, self.ladder.tokens, []
             if hasattr(self, "generation_config"):  # transformers' own rollouts
                 self.generation_config.max_new_tokens = self.ladder.tokens
+            if hasattr(self, "vllm_generation"):
+                self.vllm_generation.max_completion_length = self.ladder.tokens
             if changed or self._buffered_inputs is None:
                 self._buffered_inputs = self._drawn = None
             return self._buffered_inputs is None
