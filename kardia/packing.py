@@ -172,9 +172,9 @@ def flex_is_faster(causal_lm, rounds: int = 5, prompt: int = 512, group: int = 8
 
     text, device, kept = causal_lm.config.get_text_config(), causal_lm.device, _kernel[:]
     D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    row = pack(torch.zeros(prompt, dtype=torch.long, device=device), [torch.zeros(completion, dtype=torch.long, device=device)] * group)
+    row = pack(torch.zeros(prompt - 3, dtype=torch.long, device=device), [torch.zeros(completion - 3 * i, dtype=torch.long, device=device) for i in range(group)])  # no round lengths
     shape = row.ids.shape[1], D
-    states = [torch.randn(1, heads, *shape, device=device, dtype=causal_lm.dtype, requires_grad=True) for heads in (text.num_attention_heads, *[getattr(text, "num_key_value_heads", None) or text.num_attention_heads] * 2)]
+    states = [torch.randn(1, heads, *shape, device=device, dtype=computed_in(causal_lm), requires_grad=True) for heads in (text.num_attention_heads, *[getattr(text, "num_key_value_heads", None) or text.num_attention_heads] * 2)]
     best, results = {}, {}
 
     def once(flex: bool) -> None:
@@ -219,12 +219,17 @@ def choose_kernel(causal_lm) -> None:
         from torch.nn.attention.flex_attention import flex_attention
 
         _kernel.append(torch.compile(flex_attention, dynamic=True))
+        try:
+            fine = _probe(causal_lm) < tolerance(causal_lm)
+        except Exception:  # as in the trial
+            fine = False
+        if not fine:
+            _kernel.clear()
 
 
 def enable(causal_lm) -> str | None:
     """Switch a model's attention to ours, which is plain SDPA until a Pack comes along. Returns None, or why it cannot be done
     (the model is then left as it was): other kinds of layers, or log-probs of a packed row that differ from those of plain rows."""
-    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -248,12 +253,23 @@ def enable(causal_lm) -> str | None:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         causal_lm.set_attn_implementation(before)
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else type(error).__name__
-    # half precision rounds log-probs to about 0.02 on average; a token that sees too much or too little moves them by far more
-    if not difference < (1e-3 if causal_lm.dtype == torch.float32 else 0.1):
+    if not difference < tolerance(causal_lm):
         causal_lm.set_attn_implementation(before)
         return f"its log-probs in a packed row are off by {difference:.2f}"
     choose_kernel(causal_lm)
     return None
+
+
+def computed_in(causal_lm):
+    """The dtype of a model's products. Its first weights may say otherwise: 4-bit ones are bytes, a LoRA is float32."""
+    return causal_lm.get_output_embeddings().weight.dtype
+
+
+def tolerance(causal_lm) -> float:
+    """Half precision rounds log-probs to about 0.02 on average; a token that sees too much or too little moves them by far more."""
+    import torch
+
+    return 1e-3 if computed_in(causal_lm) == torch.float32 else 0.1
 
 
 def _probe(causal_lm, tokens: int = 24) -> float:
@@ -262,9 +278,9 @@ def _probe(causal_lm, tokens: int = 24) -> float:
 
     vocabulary, device = causal_lm.get_output_embeddings().weight.shape[0], causal_lm.device
     text = torch.randint(min(100, vocabulary // 2), vocabulary, (3, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    training = causal_lm.training
+    training, dtype = causal_lm.training, computed_in(causal_lm)
     causal_lm.eval()
-    with torch.no_grad(), torch.autocast(device.type, causal_lm.dtype, enabled=causal_lm.dtype in (torch.bfloat16, torch.float16)):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
         row = pack(text[0], [text[1], text[2][: tokens // 2]])
         wanted = torch.cat([text[1], text[2][: tokens // 2]])
         packed, *_ = row.logps(causal_lm, row.predictors, wanted)

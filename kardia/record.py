@@ -37,7 +37,7 @@ EXAM = {
     "canaries": {"failed": {"*": [None]}, "*": None}, "repeatability": FLAT, "overall": FLAT, "*": None,
 }  # fmt: skip
 RUN = {
-    **dict.fromkeys(("options", "versions", "hashes", "memory_plan", "reward_trend"), FLAT), "judge_exam": EXAM,
+    **dict.fromkeys(("options", "versions", "hashes", "memory_plan", "setting", "reward_trend"), FLAT), "judge_exam": EXAM,
     "form": {"spans": [None], "*": None}, "dropped_criteria": [None], "ladder": [FLAT], "*": None,
 }  # fmt: skip
 PROMPT = {"messages": [FLAT], "*": None}

@@ -209,8 +209,10 @@ def _memory(data: dict, *_) -> str:
         return ""
     told = f"Measured {fixed(peak)} GB of {fixed(total)} GB planned: {fixed(peak / total)} times the plan." if peak is not None and total else "The peak was not measured."
     of = f"of {text(run['peak_memory_of'])}" if run.get("peak_memory_of") else ""
+    setting = run.get("setting") or {}
+    chosen = ", ".join(f"{name.replace('_', ' ')} {text(setting[name])}" for name in ("micro", "rollout", "rollout_type", "judge_on_gpu", "host_embedding") if name in setting) if setting.get("cuda") else ""
     rungs = "".join(f"<li>from step {text(rung.get('step'))}: {text(rung.get('why'))}</li>" for rung in run.get("ladder") or [])
-    return f"<p>{told}</p>{stacked(plan, peak, of)}" + (f"<p>Memory ran out, and this was given up:</p><ul>{rungs}</ul>" if rungs else "")
+    return f"<p>{told}</p>{stacked(plan, peak, of)}" + (f"<p class=note>What fitted: {chosen}.</p>" if chosen else "") + (f"<p>Memory ran out, and this was given up:</p><ul>{rungs}</ul>" if rungs else "")
 
 
 # ---------------------------------------------------------------------------------- judge exam

@@ -127,7 +127,8 @@ def share_rows(causal_lm) -> str | None:
         difference = packing._probe(causal_lm)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         why = f"{type(error).__name__}: {reason(error)[:100]}"
-    if difference < (1e-3 if str(causal_lm.dtype) == "torch.float32" else 0.1):  # half precision: see packing.enable
+    if difference < packing.tolerance(causal_lm):
+        packing.choose_kernel(causal_lm)
         return None
     inner.forward = forward
     return why or f"its log-probs in a packed row are off by {difference:.2f}"

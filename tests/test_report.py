@@ -336,6 +336,10 @@ def test_memory_is_planned_term_by_term_and_measured(tmp_path):
     bars = re.findall(r'<i class="?(fill[ \w]*)"? style="(?:left:([\d.]+)%;)?width:([\d.]+)%', text)
     assert bars == [("fill", "0.0", "33.3"), ("fill", "33.3", "16.7"), ("fill sum", "", "50.0"), ("fill real", "", "100.0")]  # each begins where the one before ended
     assert "The peak was not measured." in page(write_run(tmp_path / "alone", run={**run, "peak_memory_gb": None}))
+    setting = {"cuda": True, "micro": 4, "rollout": "llama", "rollout_type": "q8_0<b>", "judge_on_gpu": False}
+    chosen = section(page(write_run(tmp_path / "chosen", run={**run, "setting": setting})), "memory")
+    assert "What fitted: micro 4, rollout llama, rollout type q8_0&lt;b&gt;, judge on gpu False." in chosen
+    assert "What fitted" not in section(page(write_run(tmp_path / "cpu", run={**run, "setting": {**setting, "cuda": False}})), "memory")
 
 
 # ---------------------------------------------------------------------------------- groups
