@@ -1,6 +1,6 @@
 # make demo   set up .venv, then the whole story on the embedded model
 # make test   set up .venv, then the test suite
-# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores)
+# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores); make bench-gpu: the same on a GPU, with real shapes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +11,7 @@ PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),requirements-gpu.txt,r
 SLIM   := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/kardia/slim.cmake
 CUDA   := $(if $(shell command -v nvcc 2>/dev/null),$(if $(findstring gpu,$(PINS)),-DGGML_CUDA=ON))
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-gpu clean
 demo: $(VENV)/ready
 	$(BIN)/python kardia_lite.py demo
 
@@ -21,6 +21,9 @@ test: $(VENV)/ready-to-test
 bench: $(VENV)/ready
 	$(BIN)/python tests/bench_judge.py
 	$(BIN)/python tests/bench_grpo.py
+
+bench-gpu: $(VENV)/ready
+	$(BIN)/python tests/bench_gpu.py --quick
 
 # The stamp is written last: an interrupted set-up is simply done again.
 $(VENV)/ready: requirements.txt requirements-gpu.txt kardia/slim.cmake

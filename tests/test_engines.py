@@ -94,6 +94,15 @@ def test_an_embedding_table_in_the_computers_memory_changes_nothing(tiny_directo
     assert torch.equal(plain.generate(input_ids=ids[None], max_new_tokens=5, do_sample=False), host.generate(input_ids=ids[None], max_new_tokens=5, do_sample=False))
 
 
+def test_a_gpu_gets_paged_8_bit_adam_and_checkpoints(monkeypatch):
+    monkeypatch.setattr(k, "compute_dtype", lambda: torch.bfloat16)
+    cpu = k.shared_arguments(k.SFTOptions(), 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = k.shared_arguments(k.SFTOptions(), 4)
+    assert (gpu["optim"], gpu["gradient_checkpointing"], gpu["use_cpu"], gpu["bf16"]) == ("paged_adamw_8bit", True, False, True)
+    assert (cpu["optim"], cpu["gradient_checkpointing"], cpu["use_cpu"]) == ("adamw_torch", False, True) or memory.has_gpu()
+
+
 def test_a_tied_embedding_table_stays(tiny):
     with pytest.raises(ValueError, match="same table"):
         memory.keep_on_host(tiny("llama", tie_word_embeddings=True))
