@@ -1794,8 +1794,8 @@ def sft(options: SFTOptions, out: Path, resume: bool) -> None:
     start(options, options.model)
     with together.met():
         run = train_sft(options, out, resume)
-    if together.rank() == 0:
-        click.echo(run.path)
+        if together.rank() == 0:
+            click.echo(run.path)
 
 
 @cli.command()
@@ -1819,8 +1819,8 @@ def grpo(options: GRPOOptions, source: Path, out: Path, resume: bool) -> None:
     start(options, options.judge)
     with together.met():
         run = train_grpo(options, source, out, resume)
-    if together.rank() == 0:
-        click.echo(run.path)
+        if together.rank() == 0:
+            click.echo(run.path)
 
 
 @cli.group()
