@@ -810,6 +810,11 @@ def resolve_judge(judge: str) -> Path:
     return check_gguf(Path(judge))
 
 
+def judge_sizes(judge: str) -> dict[str, int]:
+    """What of a `budget.Setting` a judge decides; of a stranger's vocabulary the plan knows that such have about as many tokens."""
+    return {"judge_bytes": resolve_judge(judge).stat().st_size, "judge_vocabulary": 49_152 if judge == EMBEDDED else 151_936}
+
+
 def resolve_judge_lora(judge: str, lora: str) -> Path | None:
     """auto -> the LoRA that was trained for the embedded judge; any other judge goes without one unless it is named."""
     if lora == "auto":
@@ -1184,10 +1189,9 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
 
 def settle_grpo(options: GRPOOptions, base: Base, engine: str, rollout: str, bits: int, rank: int, longest: int, judged: bool, before: dict, worker: Worker) -> tuple[budget.Setting, dict[str, float]]:
     """The setting of a GRPO run: what the user asked for, and what fits. `before`: run.json of the run that goes on."""
-    judge = resolve_judge(options.judge).stat().st_size if judged else 0
     wanted = budget.Setting(
         **here(bits), rank=rank, prompt=longest, completion=options.max_tokens, group=options.group_size, prompts=options.prompts_per_step // together.size(), micro=options.answers_per_pass(), rollout=rollout,
-        rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type, judge_bytes=judge, judge_vocabulary=49_152 if options.judge == EMBEDDED else 151_936, judge_on_gpu=options.judge_gpu_layers != 0,
+        rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type, **(judge_sizes(options.judge) if judged else {}), judge_on_gpu=options.judge_gpu_layers != 0,
         host_embedding=options.embedding == "host", llama_gpu=memory.has_gpu() and worker.has_gpu,
     )  # fmt: skip
     ours = {"micro": not options.micro_batch, "rollout": options.rollout == "auto" and rollout == "llama", "rollout_type": options.rollout_type == "auto", "judge_on_gpu": options.judge_gpu_layers < 0, "host_embedding": options.embedding == "auto" and engine == "transformers"}
@@ -1674,8 +1678,8 @@ def doctor(model: str, vram: float | None, bits: str | None, max_length: int, pr
         config = memory.read_config(resolve_base(model).directory if not path.exists() or path.suffix == ".gguf" else path)
         card = found.cuda or vram is not None
         gb = budget.usable(vram) if vram else memory.free_for_us()
-        lines = budget.advice(config, gb, model=model, length=max_length, prompt=prompt, completion=max_tokens, group=group_size, judge_bytes=resolve_judge(judge).stat().st_size,
-                              judge_vocabulary=49_152 if judge == EMBEDDED else 151_936, bits=int(bits) if bits else 4 if card else 16, cuda=card, llama_gpu=found.llama_gpu or vram is not None, checkpointing=card, item=2 if card else compute_dtype().itemsize)  # fmt: skip
+        lines = budget.advice(config, gb, model=model, length=max_length, prompt=prompt, completion=max_tokens, group=group_size, **judge_sizes(judge),
+                              bits=int(bits) if bits else 4 if card else 16, cuda=card, llama_gpu=found.llama_gpu or vram is not None, checkpointing=card, item=2 if card else compute_dtype().itemsize)  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
     click.echo(f"\nmemory plan of {model} for {f'a card of {vram:g} GB, of which {gb:.2f} GB can be used' if vram else f'the {gb:.2f} GB that are free here'}; a run that meets its limit all the same gives up {ORDER}, in this order")

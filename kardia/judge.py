@@ -257,10 +257,6 @@ class Judge:
             out.append({name: x if x is None else 0.0 if x == KNOWN_BAD else self.calibration.get(name, Calibration())(x) for name, x in raw.items()})
         return out
 
-
-    def weights_bytes(self) -> int:
-        return sum(Path(file).stat().st_size for file in (self.path, self.lora) if file)
-
     def held_out_scores(self, items: list[Item]) -> list[dict[str, float | None]]:
         """The same replies asked for in the words that are never rewarded: {criterion: 0..1}, None where the judge cannot tell."""
         asked = [(c, HELD_OUT) for c in self.rubric.criteria if c.name in self.other_words]

@@ -163,6 +163,13 @@ def _flex(query, key, value, pack, window: int | None, scaling: float, softcap: 
     return _kernel[0](query, key, value, score_mod=cap, block_mask=pack.blocks(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)
 
 
+def _compiled():
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
 def flex_is_faster(causal_lm, rounds: int = 5, prompt: int = 512, group: int = 8, completion: int = 128) -> bool:
     """Both ways forwards and backwards on a row of GRPO's size with this model's heads, in turns, on its GPU. False as well where
     FlexAttention cannot be had (it needs Triton), fails, or gives something else."""
@@ -188,9 +195,7 @@ def flex_is_faster(causal_lm, rounds: int = 5, prompt: int = 512, group: int = 8
         results[flex] = out.detach(), *gradients
 
     try:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        compiled = torch.compile(flex_attention, dynamic=True)
+        compiled = _compiled()
         for flex in (True, False):  # compiling and first calls do not count
             once(flex)
         best.clear()
@@ -212,13 +217,9 @@ def kernel() -> str:
 
 def choose_kernel(causal_lm) -> None:
     """On a GPU: take the faster way from now on."""
-    import torch
-
     _kernel.clear()
     if causal_lm.device.type == "cuda" and flex_is_faster(causal_lm):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _kernel.append(torch.compile(flex_attention, dynamic=True))
+        _kernel.append(_compiled())
         try:
             fine = _probe(causal_lm) < tolerance(causal_lm)
         except Exception:  # as in the trial

@@ -59,6 +59,18 @@ def rubric():
 
 
 @pytest.fixture(scope="session")
+def unjudged(tmp_path_factory):
+    """The rubric without its judge, whose exam takes minutes: format and label are what is rewarded."""
+    import kardia_lite as k
+
+    text, rewards = (k.HERE / "rubrics.yaml").read_text(encoding="utf-8"), "\nrewards: {format: 1, emotion: 1, rubric: 1}\n"
+    assert rewards in text
+    path = tmp_path_factory.mktemp("unjudged") / "rubric.yaml"
+    path.write_text(text.replace(rewards, rewards.replace("rubric: 1", "rubric: 0")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """Two exam pairs per criterion: enough to run the exam, too few to pass it. One file for all tests, so that the exam is sat once."""
     import json

@@ -57,12 +57,10 @@ def test_4_bit_gradients_survive_a_pass_in_eval_mode(tiny_directory):
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=1e-4 * float(before[name].abs().max())) for name in before)
 
 
-def test_the_lora_of_a_4_bit_model_is_trained_in_float32(little, tmp_path, rubric, monkeypatch):
+def test_the_lora_of_a_4_bit_model_is_trained_in_float32(little, tmp_path, unjudged, monkeypatch):
     """TRL would round it to bfloat16, in which steps of 2e-5 move few of the weights."""
     monkeypatch.setattr(k, "score_answers", with_signal(k.score_answers))
-    text = (k.HERE / "rubrics.yaml").read_text(encoding="utf-8").replace("rubric: 1}", "rubric: 0}")
-    (tmp_path / "rubric.yaml").write_text(text, encoding="utf-8")
-    common = ["--rubric", tmp_path / "rubric.yaml"]
+    common = ["--rubric", unjudged]
     run("sft", "--model", little, "--bits", 4, "--limit", 8, "--batch-size", 2, "--max-length", 700, *common, "--out", tmp_path / "sft")
     run("grpo", "--from", tmp_path / "sft", "--steps", 2, "--group-size", 4, "--max-tokens", 16, "--learning-rate", "2e-5", "--beta", "0.1", *common, "--out", tmp_path / "grpo")
     (_, before), (_, after) = read_adapter(tmp_path / "sft" / "adapter"), read_adapter(tmp_path / "grpo" / "adapter")
@@ -108,11 +106,9 @@ def test_a_tied_embedding_table_stays(tiny):
         memory.keep_on_host(tiny("llama", tie_word_embeddings=True))
 
 
-def the_whole_way(engine, bits, model, work, monkeypatch):
+def the_whole_way(engine, bits, model, work, rubric, monkeypatch):
     """Load, SFT, two GRPO steps of which the second one after a resume, export and its proof. Returns the run's facts."""
     monkeypatch.setattr(k, "score_answers", with_signal(k.score_answers))
-    rubric = work / "rubric.yaml"
-    rubric.write_text((k.HERE / "rubrics.yaml").read_text(encoding="utf-8").replace("rubric: 1}", "rubric: 0}"), encoding="utf-8")
     common = ["--engine", engine, "--rubric", rubric]
     run("sft", "--model", model, "--bits", bits, "--limit", 8, "--batch-size", 2, "--max-steps", 4, "--max-length", 700, "--learning-rate", "5e-3", *common, "--out", work / "sft")
     grpo = ["grpo", "--from", work / "sft", "--steps", 2, "--save-steps", 1, "--group-size", 4, "--max-tokens", 24, "--learning-rate", "1e-3", "--beta", "0.01", *common]
@@ -146,26 +142,25 @@ def the_whole_way(engine, bits, model, work, monkeypatch):
     return facts
 
 
-def test_the_whole_way_in_4_bits_on_a_cpu(little, tmp_path, monkeypatch):
-    facts = the_whole_way("transformers", 4, little, tmp_path, monkeypatch)
+def test_the_whole_way_in_4_bits_on_a_cpu(little, tmp_path, unjudged, monkeypatch):
+    facts = the_whole_way("transformers", 4, little, tmp_path, unjudged, monkeypatch)
     assert facts["setting"]["rollout"] == "llama" and not facts["setting"]["cuda"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_the_whole_way_on_a_gpu(engine, bits, embedded, tmp_path, monkeypatch):
+def test_the_whole_way_on_a_gpu(engine, bits, embedded, tmp_path, unjudged, monkeypatch):
     if engine == "unsloth":
         pytest.importorskip("unsloth")
-    facts = the_whole_way(engine, bits, embedded.template, tmp_path, monkeypatch)
+    facts = the_whole_way(engine, bits, embedded.template, tmp_path, unjudged, monkeypatch)
     assert facts["setting"]["cuda"] and facts["peak_memory_gb"] > 0
 
 
-def test_another_type_for_rollouts_trusts_the_sampler(little, tmp_path, monkeypatch):
+def test_another_type_for_rollouts_trusts_the_sampler(little, tmp_path, unjudged, monkeypatch):
     """q8_0 weights are not quite the ones that learn: the sampler's log-probs are then the old ones, and the ratio starts off 1."""
     monkeypatch.setattr(k, "score_answers", with_signal(k.score_answers))
-    (tmp_path / "rubric.yaml").write_text((k.HERE / "rubrics.yaml").read_text(encoding="utf-8").replace("rubric: 1}", "rubric: 0}"), encoding="utf-8")
-    common = ["--rubric", tmp_path / "rubric.yaml"]
+    common = ["--rubric", unjudged]
     run("sft", "--model", little, "--limit", 4, "--batch-size", 2, "--max-length", 700, *common, "--out", tmp_path / "sft")
     seen = []
     drawn = k.Worker.load

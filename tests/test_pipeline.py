@@ -10,6 +10,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
+from launched import with_signal
 
 import kardia_lite as k
 from kardia import explain, export, report
@@ -53,16 +54,8 @@ def sft(work, embedded):
 def run_grpo(sft, pairs, out, *more):
     """Two real steps. Four SFT steps teach no four-span answer, so the true rewards are all 0; the format component is
     replaced by something the rollouts differ in, and everything else (judge, advantages, update) is real."""
-    score = k.score_answers
-
-    def with_signal(answers, *rest, **more):
-        rewards = score(answers, *rest, **more)
-        for reward, (_, text) in zip(rewards, answers):
-            reward.components["format"] = text.count("e") % 5 / 4
-        return rewards
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(k, "score_answers", with_signal)
+        patch.setattr(k, "score_answers", with_signal(k.score_answers))
         run("grpo", "--from", sft, "--steps", 2, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 24, "--exam-pairs", pairs, "--force-judge", "--out", out, *more)
     return out
 
