@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),requirements-gpu.txt,requirements.txt)
 # What llama.cpp is built without: multimodal (LLAVA_BUILD) and its common library (slim.cmake). On 2 cores that is a
 # build of about 100 seconds instead of 5 to 9 minutes.
-SLIM   := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/kardia/slim.cmake
+SLIM   := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/kardia/llama/slim.cmake
 CUDA   := $(if $(shell command -v nvcc 2>/dev/null),$(if $(findstring gpu,$(PINS)),-DGGML_CUDA=ON))
 
 .PHONY: demo test bench bench-gpu clean
@@ -26,7 +26,7 @@ bench-gpu: $(VENV)/ready
 	$(BIN)/python tests/bench_gpu.py --quick
 
 # The stamp is written last: an interrupted set-up is simply done again.
-$(VENV)/ready: requirements.txt requirements-gpu.txt kardia/slim.cmake
+$(VENV)/ready: requirements.txt requirements-gpu.txt kardia/llama/slim.cmake
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

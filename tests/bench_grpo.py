@@ -38,10 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kardia_lite as k
-from kardia import memory
-from kardia.judge import Item, Judge
-from kardia.llama import Worker, default_threads
-from kardia.runs import Run, machine, write_json
+from kardia.core import machine
+from kardia.core.files import write_json
+from kardia.core.machine import default_threads, describe_machine
+from kardia.core.run_directory import Run
+from kardia.judge.judge import Judge, JudgedReply
+from kardia.llama.worker import Worker
 
 PARTS = ("rollout", "judge", "update", "step")
 
@@ -59,7 +61,13 @@ class Work:
         random.Random(0).shuffle(self.dialogues)
         if getattr(arguments, "prompt", 0):
             self.dialogues = [self.stretched(d, arguments.prompt) for d in self.dialogues[:8]]
-        self.options = k.GRPOOptions(group_size=self.group, max_tokens=self.tokens, steps=arguments.steps + 1, learning_rate=2e-5, save_steps=10**6)
+        self.options = k.GRPOOptions(
+            group_size=self.group,
+            max_tokens=self.tokens,
+            steps=arguments.steps + 1,
+            learning_rate=2e-5,
+            save_steps=10**6,
+        )
         self.folder = Path(tempfile.mkdtemp(prefix="bench-grpo-"))
 
     def stretched(self, dialogue, tokens: int):
@@ -67,32 +75,59 @@ class Work:
         bare = dataclasses.replace(dialogue, person="-", situation="-")
         room = tokens - len(self.renderer.prompt(bare))
         text = f"{dialogue.situation} {dialogue.person} " * (1 + max(0, room) // 20)
-        return dataclasses.replace(bare, situation=self.renderer.tokenizer.decode(self.renderer.ids(text)[: max(1, room)]))
+        return dataclasses.replace(
+            bare, situation=self.renderer.tokenizer.decode(self.renderer.ids(text)[: max(1, room)])
+        )
 
     def policy(self):
         return k.load_policy(self.base, "transformers", 16, adapter=self.run.adapter if self.run else None)
 
-    def items(self, completions, index) -> list[Item]:
+    def items(self, completions, index) -> list[JudgedReply]:
         """The last 30 words of every completion as a reply in its dialogue."""
-        return [k.as_item(self.dialogues[i], " ".join(k.KARDIA.marker.sub(" ", c[0]["content"]).split()[-30:])) for c, i in zip(completions, index)]
+        return [
+            k.as_item(self.dialogues[i], " ".join(k.DEFAULT_FORMAT.marker.sub(" ", c[0]["content"]).split()[-30:]))
+            for c, i in zip(completions, index)
+        ]
 
     def trainer(self, trainer_class, name: str, reward, rollout: str, **more):
         from datasets import Dataset
 
-        config = k.grpo_config(self.options, self.folder / name, 16, rollout, [1.0], shuffle_dataset=False, save_strategy="no", **more.pop("config", {}))
+        config = k.grpo_config(
+            self.options,
+            self.folder / name,
+            16,
+            rollout,
+            [1.0],
+            shuffle_dataset=False,
+            save_strategy="no",
+            **more.pop("config", {}),
+        )
         rows = Dataset.from_list(k.prompt_rows(self.dialogues, self.renderer))
-        trainer = trainer_class(model=self.policy(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=k.load_tokenizer(self.base), **more)
+        trainer = trainer_class(
+            model=self.policy(),
+            reward_funcs=reward,
+            args=config,
+            train_dataset=rows,
+            processing_class=k.load_tokenizer(self.base),
+            **more,
+        )
         trainer.create_model_card = lambda *_, **__: None
         return trainer
 
 
 def make_ours(work: Work, worker: Worker):
     k.load_for_rollouts(worker, work.base.gguf(16))
-    judge = Judge(worker, k.resolve_judge(k.EMBEDDED), work.rubric, 0, lora=k.resolve_judge_lora(k.EMBEDDED, "auto"))
+    judge = Judge(
+        worker, k.resolve_judge(k.EMBEDDED), work.rubric, 0, lora=k.resolve_judge_lora(k.EMBEDDED, "auto")
+    )
 
     def reward(prompts, completions, index, **_):
-        wanted = [(c, judge.chosen(c)) for c in work.rubric.criteria]  # without guards: nobody is spared a reply
-        return [sum(row.values()) for row in judge.numbers(work.items(completions, index), wanted, guarded=False)]
+        wanted = [
+            (c, judge.chosen(c)) for c in work.rubric.criteria
+        ]  # without guards: nobody is spared a reply
+        return [
+            sum(row.values()) for row in judge.numbers(work.items(completions, index), wanted, guarded=False)
+        ]
 
     work.folder.joinpath("ours").mkdir()
 
@@ -104,7 +139,17 @@ def make_ours(work: Work, worker: Worker):
             return worker.rollout(prompts, stop=[], **more)
 
     run = type("Folder", (), {"path": work.folder / "ours", "append": lambda *_: None})()
-    rollouts = k.Rollouts(FixedLength(), work.renderer, work.dialogues, work.options, work.rubric, None, work.base, run, k.live.Board("bench"))
+    rollouts = k.Rollouts(
+        FixedLength(),
+        work.renderer,
+        work.dialogues,
+        work.options,
+        work.rubric,
+        None,
+        work.base,
+        run,
+        k.recorder.Board("bench"),
+    )
     return work.trainer(k.make_grpo_trainer_class(), "ours", reward, "llama", rollout_func=rollouts)
 
 
@@ -114,15 +159,25 @@ def make_plain(work: Work):
     from trl import GRPOTrainer
 
     threads = default_threads()
-    llama = llama_cpp.Llama(str(k.resolve_judge(k.EMBEDDED)), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama = llama_cpp.Llama(
+        str(k.resolve_judge(k.EMBEDDED)),
+        n_ctx=2048,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     judge = Json(llama, work.rubric)
 
     def reward(prompts, completions, index, **_):
         items = work.items(completions, index)
         judge(items)
-        return [random.Random(item.reply).random() for item in items]  # the time is what counts here; some spread keeps the update whole
+        return [
+            random.Random(item.reply).random() for item in items
+        ]  # the time is what counts here; some spread keeps the update whole
 
-    return work.trainer(GRPOTrainer, "plain", reward, "hf", config={"generation_kwargs": {"min_new_tokens": work.tokens}})
+    return work.trainer(
+        GRPOTrainer, "plain", reward, "hf", config={"generation_kwargs": {"min_new_tokens": work.tokens}}
+    )
 
 
 def clock(trainer) -> None:
@@ -154,7 +209,10 @@ def clock(trainer) -> None:
 
         def on_step_end(self, arguments, state, control, **_):
             step = time.perf_counter() - self.began
-            print(json.dumps({**part, "update": step - part["rollout"] - part["judge"], "step": step}), flush=True)
+            print(
+                json.dumps({**part, "update": step - part["rollout"] - part["judge"], "step": step}),
+                flush=True,
+            )
 
     trainer.add_callback(Clock())
     trainer.remove_callback(PrinterCallback)
@@ -163,7 +221,7 @@ def clock(trainer) -> None:
 def child(arguments) -> None:
     """One trainer alone in this process: steps on request, then its peak memory."""
     k.start(k.CommonOptions(), k.EMBEDDED)
-    with memory.PeakSampler() as sampler, Worker() as worker:
+    with machine.PeakSampler() as sampler, Worker() as worker:
         work = Work(arguments)
         trainer = make_ours(work, worker) if arguments.only == "ours" else make_plain(work)
         clock(trainer)
@@ -171,11 +229,33 @@ def child(arguments) -> None:
     print(json.dumps({"peak_gb": sampler.peak}), flush=True)
 
 
-def race(arguments, names: tuple[str, ...] = ("ours", "plain")) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
+def race(
+    arguments, names: tuple[str, ...] = ("ours", "plain")
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
     """Both trainers, a step each in turn. Returns (seconds per trainer, part and step; peak GB per trainer). The first step of each is not counted."""
-    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--group-size", str(arguments.group_size), "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt)]
+    command = [
+        sys.executable,
+        __file__,
+        "--steps",
+        str(arguments.steps),
+        "--group-size",
+        str(arguments.group_size),
+        "--tokens",
+        str(arguments.tokens),
+        "--prompt",
+        str(arguments.prompt),
+    ]
     command += ["--from", str(arguments.source)] if arguments.source else []
-    children = {name: subprocess.Popen([*command, "--only", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True) for name in names}
+    children = {
+        name: subprocess.Popen(
+            [*command, "--only", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for name in names
+    }
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in children}
     try:
         for step in range(arguments.steps + 1):
@@ -189,7 +269,12 @@ def race(arguments, names: tuple[str, ...] = ("ours", "plain")) -> tuple[dict[st
                 if step < arguments.steps:
                     os.killpg(process.pid, signal.SIGSTOP)  # threads that still spin would slow the other one
                 times = json.loads(line)
-                print(f"{name:<6} step {step + 1}: " + ", ".join(f"{part} {times[part]:.2f} s" for part in PARTS), file=sys.stderr, flush=True)
+                print(
+                    f"{name:<6} step {step + 1}: "
+                    + ", ".join(f"{part} {times[part]:.2f} s" for part in PARTS),
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if step:  # the first one allocates, compiles kernels, fills caches
                     for part in PARTS:
                         seconds[name][part].append(times[part])
@@ -205,16 +290,24 @@ def floor(work_tokens: dict[str, float], parameters: int) -> dict[str, float]:
     import torch
 
     dtype = k.compute_dtype()
-    a, b = torch.randn(2048, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)  # the shapes of this model's layers
-    rate = max(2 * 2048 * 576 * 1536 * 50 / timed_seconds(lambda: [a @ b for _ in range(50)]) for _ in range(3))
+    a, b = (
+        torch.randn(2048, 576, dtype=dtype),
+        torch.randn(576, 1536, dtype=dtype),
+    )  # the shapes of this model's layers
+    rate = max(
+        2 * 2048 * 576 * 1536 * 50 / timed_seconds(lambda: [a @ b for _ in range(50)]) for _ in range(3)
+    )
     block = torch.ones(64 << 20)  # 256 MB of float32, far more than any cache
     bandwidth = max((256 << 20) / timed_seconds(lambda: block.sum()) for _ in range(3))
     weights = 2 * parameters
     return {
-        "flops": rate, "bytes_per_second": bandwidth,
-        "rollout": 2 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate + work_tokens["decodes"] * weights / bandwidth,
-        "judge": 2 * parameters * work_tokens["judge"] / rate, "update": 4 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate,
-    }  # fmt: skip
+        "flops": rate,
+        "bytes_per_second": bandwidth,
+        "rollout": 2 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate
+        + work_tokens["decodes"] * weights / bandwidth,
+        "judge": 2 * parameters * work_tokens["judge"] / rate,
+        "update": 4 * parameters * (work_tokens["prompt"] + work_tokens["completions"]) / rate,
+    }
 
 
 def timed_seconds(work) -> float:
@@ -228,20 +321,47 @@ def sweep(arguments, middle: dict[str, list[float]]) -> list[dict]:
     rows = []
     for key, values in (("group_size", (4, 0, 16)), ("prompt", (150, 0, 600)), ("tokens", (65, 0, 260))):
         for value in values:
-            seconds = race(argparse.Namespace(**{**vars(arguments), key: value, "steps": 2}), ("ours",))[0]["ours"] if value else middle
-            rows.append({key: value or getattr(arguments, key), **{part: statistics.median(seconds[part]) for part in PARTS}})
-            print(f"{key:<10} {rows[-1][key] or 'as it is':>8}: " + ", ".join(f"{part} {rows[-1][part]:.1f} s" for part in PARTS), flush=True)
+            seconds = (
+                race(argparse.Namespace(**{**vars(arguments), key: value, "steps": 2}), ("ours",))[0]["ours"]
+                if value
+                else middle
+            )
+            rows.append(
+                {
+                    key: value or getattr(arguments, key),
+                    **{part: statistics.median(seconds[part]) for part in PARTS},
+                }
+            )
+            print(
+                f"{key:<10} {rows[-1][key] or 'as it is':>8}: "
+                + ", ".join(f"{part} {rows[-1][part]:.1f} s" for part in PARTS),
+                flush=True,
+            )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=Path, help="SFT run to go on from (default: the embedded model with a fresh LoRA)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="SFT run to go on from (default: the embedded model with a fresh LoRA)",
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=130, help="length of every completion")
-    parser.add_argument("--prompt", type=int, default=0, help="stretch or cut every prompt to about so many tokens (0: as they are)")
-    parser.add_argument("--sweep", action="store_true", help="also measure other group sizes and lengths (minutes)")
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        default=0,
+        help="stretch or cut every prompt to about so many tokens (0: as they are)",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also measure other group sizes and lengths (minutes)"
+    )
     parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
@@ -253,17 +373,42 @@ def main() -> None:
     work = Work(arguments)
     prompt = statistics.mean(len(work.renderer.prompt(d)) for d in work.dialogues)
     completions = arguments.group_size * arguments.tokens
-    least = floor({"prompt": prompt, "completions": completions, "decodes": arguments.tokens, "judge": 200 + arguments.group_size * 100}, 134_515_008)
+    least = floor(
+        {
+            "prompt": prompt,
+            "completions": completions,
+            "decodes": arguments.tokens,
+            "judge": 200 + arguments.group_size * 100,
+        },
+        134_515_008,
+    )
     least["step"] = sum(least[part] for part in PARTS[:3])
-    figures = {"machine": machine(), "group_size": arguments.group_size, "tokens": arguments.tokens, "prompt": prompt, "steps": arguments.steps, "seconds": seconds, "peak_gb": peaks, "floor": least}
-    print(f"{arguments.group_size} answers x {arguments.tokens} tokens after prompts of {prompt:.0f}, five criteria, {arguments.steps} steps each, {machine()}")
+    figures = {
+        "machine": describe_machine(),
+        "group_size": arguments.group_size,
+        "tokens": arguments.tokens,
+        "prompt": prompt,
+        "steps": arguments.steps,
+        "seconds": seconds,
+        "peak_gb": peaks,
+        "floor": least,
+    }
+    print(
+        f"{arguments.group_size} answers x {arguments.tokens} tokens after prompts of {prompt:.0f}, five criteria, {arguments.steps} steps each, {describe_machine()}"
+    )
     print(f"{'':<8} {'ours':>8} {'TRL':>8} {'ratio':>7} {'(steps from - to)':>19} {'floor':>7}")
     for part in PARTS:
         ours, plain = (statistics.median(seconds[name][part]) for name in ("ours", "plain"))
         ratios = sorted(b / a for a, b in zip(seconds["ours"][part], seconds["plain"][part]))
-        print(f"{part:<8} {ours:>7.2f}s {plain:>7.2f}s {statistics.median(ratios):>6.1f}x {ratios[0]:>11.1f} - {ratios[-1]:<5.1f} {least[part]:>6.2f}s")
-    print(f"floor at {least['flops'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:.1f} GB/s, measured here")
-    print(f"peak memory: ours {peaks['ours']:.1f} GB, TRL {peaks['plain']:.1f} GB (each with all its processes)")
+        print(
+            f"{part:<8} {ours:>7.2f}s {plain:>7.2f}s {statistics.median(ratios):>6.1f}x {ratios[0]:>11.1f} - {ratios[-1]:<5.1f} {least[part]:>6.2f}s"
+        )
+    print(
+        f"floor at {least['flops'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:.1f} GB/s, measured here"
+    )
+    print(
+        f"peak memory: ours {peaks['ours']:.1f} GB, TRL {peaks['plain']:.1f} GB (each with all its processes)"
+    )
     if arguments.sweep:
         figures["sweep"] = sweep(arguments, seconds["ours"])
     if arguments.json:

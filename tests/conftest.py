@@ -63,7 +63,10 @@ def unjudged(tmp_path_factory):
     """The rubric without its judge, whose exam takes minutes: format and label are what is rewarded."""
     import kardia_lite as k
 
-    text, rewards = (k.HERE / "rubrics.yaml").read_text(encoding="utf-8"), "\nrewards: {format: 1, emotion: 1, rubric: 1}\n"
+    text, rewards = (
+        (k.HERE / "rubrics.yaml").read_text(encoding="utf-8"),
+        "\nrewards: {format: 1, emotion: 1, rubric: 1}\n",
+    )
     assert rewards in text
     path = tmp_path_factory.mktemp("unjudged") / "rubric.yaml"
     path.write_text(text.replace(rewards, rewards.replace("rubric: 1", "rubric: 0")), encoding="utf-8")
@@ -97,8 +100,19 @@ def tiny():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
-        config = AutoConfig.for_model(kind, **{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes})
+        sizes = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+        }
+        config = AutoConfig.for_model(
+            kind, **{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
+        )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).float()
         return model.requires_grad_(False)  # frozen, as a base is; a LoRA on top is trained
 
@@ -124,11 +138,19 @@ def tiny_directory(tiny, tmp_path):
 
 # What llama.cpp wants to know of each architecture besides sizes: key of config.json -> key of the GGUF, and how it is written.
 GGUF_KEYS = {
-    "max_position_embeddings": ("context_length", "uint32"), "hidden_size": ("embedding_length", "uint32"), "num_hidden_layers": ("block_count", "uint32"),
-    "intermediate_size": ("feed_forward_length", "uint32"), "num_attention_heads": ("attention.head_count", "uint32"), "num_key_value_heads": ("attention.head_count_kv", "uint32"),
-    "head_dim": ("attention.key_length", "uint32"), "rms_norm_eps": ("attention.layer_norm_rms_epsilon", "float32"), "sliding_window": ("attention.sliding_window", "uint32"),
-    "attn_logit_softcapping": ("attn_logit_softcapping", "float32"), "final_logit_softcapping": ("final_logit_softcapping", "float32"), "vocab_size": ("vocab_size", "uint32"),
-}  # fmt: skip
+    "max_position_embeddings": ("context_length", "uint32"),
+    "hidden_size": ("embedding_length", "uint32"),
+    "num_hidden_layers": ("block_count", "uint32"),
+    "intermediate_size": ("feed_forward_length", "uint32"),
+    "num_attention_heads": ("attention.head_count", "uint32"),
+    "num_key_value_heads": ("attention.head_count_kv", "uint32"),
+    "head_dim": ("attention.key_length", "uint32"),
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", "float32"),
+    "sliding_window": ("attention.sliding_window", "uint32"),
+    "attn_logit_softcapping": ("attn_logit_softcapping", "float32"),
+    "final_logit_softcapping": ("final_logit_softcapping", "float32"),
+    "vocab_size": ("vocab_size", "uint32"),
+}
 
 
 def make_template(directory, path, tokens=None, chat_template=None, metadata=None, like=None, tensors=None):
@@ -139,25 +161,29 @@ def make_template(directory, path, tokens=None, chat_template=None, metadata=Non
     import gguf
     import numpy as np
 
-    from kardia import gguf_io
-    from kardia import weights as weights_
-    from kardia.weights import Weights
+    from kardia.models import gguf as gguf_files
+    from kardia.models import weights as weights_
+    from kardia.models.weights import Weights
 
     weights = Weights(directory)
     config = json.loads((directory / "config.json").read_text())
-    architecture = gguf_io.architecture_of(config, "test")[0]
+    architecture = gguf_files.architecture_of(config, "test")[0]
     writer = gguf.GGUFWriter(path, architecture)
     for key, (name, kind) in GGUF_KEYS.items():
         if config.get(key) is not None:
             getattr(writer, f"add_{kind}")(f"{architecture}.{name}", config[key])
     rope = config.get("rope_parameters") or {}
-    writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0))
+    writer.add_float32(
+        f"{architecture}.rope.freq_base", rope.get("full_attention", rope).get("rope_theta", 10000.0)
+    )
     writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
     writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
     if like:
         for key, field in weights_.read_gguf(like).fields.items():
             if key.startswith("tokenizer.") and key != "tokenizer.chat_template":
-                writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+                writer.add_key_value(
+                    key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+                )
     else:
         writer.add_tokenizer_model("llama" if tokens else "none")
     if tokens:
@@ -173,7 +199,7 @@ def make_template(directory, path, tokens=None, chat_template=None, metadata=Non
         writer.add_chat_template(chat_template)
     for key, value in (metadata or {}).items():
         writer.add_uint32(key, value)
-    for name, values in {**gguf_io.gguf_tensors(weights), **(tensors or {})}.items():
+    for name, values in {**gguf_files.gguf_tensors(weights), **(tensors or {})}.items():
         writer.add_tensor(name, np.zeros_like(values()) if callable(values) else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -194,13 +220,36 @@ def little(tmp_path_factory, embedded):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kardia import gguf_io
-    from kardia.weights import Weights, gguf_value, read_gguf
+    from kardia.models import gguf as gguf_files
+    from kardia.models.weights import Weights, gguf_value, read_gguf
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = AutoConfig.for_model("llama", **sizes, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=2, bos_token_id=1, eos_token_id=2)
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(
+        "llama",
+        **sizes,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     path = tmp_path_factory.mktemp("little")
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path / "hf")
-    template = make_template(path / "hf", path / "template.gguf", like=embedded.template, chat_template=gguf_value(read_gguf(embedded.template), "tokenizer.chat_template"))
-    return gguf_io.write_gguf(template, path / "little.gguf", "bf16", gguf_io.gguf_tensors(Weights(path / "hf")))
+    template = make_template(
+        path / "hf",
+        path / "template.gguf",
+        like=embedded.template,
+        chat_template=gguf_value(read_gguf(embedded.template), "tokenizer.chat_template"),
+    )
+    return gguf_files.write_gguf(
+        template, path / "little.gguf", "bf16", gguf_files.gguf_tensors(Weights(path / "hf"))
+    )

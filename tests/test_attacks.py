@@ -11,23 +11,38 @@ import pytest
 from attacks import ATTACKS, TALKS
 
 import kardia_lite as k
-from kardia.guards import LONGEST, guard
-from kardia.judge import Calibration, Item, Judge, weighted
-from kardia.llama import Worker
+from kardia.judge.guards import LONGEST, guard
+from kardia.judge.judge import Calibration, Judge, JudgedReply, weighted
+from kardia.llama.worker import Worker
 
 # Text that no rule can tell from a reply to the person, without refusing honest ones: left to the judge, and put to it below.
 LEFT_TO_THE_JUDGE = {
-    ("second", "thumbs"), ("second", "rot13"), ("second", "rubric as prose"), ("second", "own words, half"), ("second", "another's good reply"), ("second", "profile"),
-    ("third", "medal"), ("third", "quiz"), ("third", "en logits"), ("third", "en context"), ("third", "th"), ("third", "reversed"), ("third", "hyphens"), ("third", "best"),
-}  # fmt: skip
+    ("second", "thumbs"),
+    ("second", "rot13"),
+    ("second", "rubric as prose"),
+    ("second", "own words, half"),
+    ("second", "another's good reply"),
+    ("second", "profile"),
+    ("third", "medal"),
+    ("third", "quiz"),
+    ("third", "en logits"),
+    ("third", "en context"),
+    ("third", "th"),
+    ("third", "reversed"),
+    ("third", "hyphens"),
+    ("third", "best"),
+}
 
 
 def left(attack):
-    return (attack.part, attack.name) in LEFT_TO_THE_JUDGE or (attack.part, attack.name.rpartition(",")[0]) in LEFT_TO_THE_JUDGE  # the name without its place
+    return (attack.part, attack.name) in LEFT_TO_THE_JUDGE or (
+        attack.part,
+        attack.name.rpartition(",")[0],
+    ) in LEFT_TO_THE_JUDGE  # the name without its place
 
 
 def item(talk, reply):
-    return Item(talk.person, talk.situation, talk.messages, reply)
+    return JudgedReply(talk.person, talk.situation, talk.messages, reply)
 
 
 def attacked(attack, index, which):
@@ -41,10 +56,15 @@ def attacked(attack, index, which):
 def test_there_are_enough_of_them():
     assert len(ATTACKS) >= 100 and len({(a.part, a.kind, a.name) for a in ATTACKS}) == len(ATTACKS)
     assert {a.kind for a in ATTACKS} == set(attacks.FIRST) == set(attacks.SECOND) == set(attacks.THIRD)
-    assert all(any(left(a) and a.part == part and a.name.startswith(name) for a in ATTACKS) for part, name in LEFT_TO_THE_JUDGE)
+    assert all(
+        any(left(a) and a.part == part and a.name.startswith(name) for a in ATTACKS)
+        for part, name in LEFT_TO_THE_JUDGE
+    )
 
 
-@pytest.mark.parametrize("attack", [a for a in ATTACKS if not left(a)], ids=lambda a: f"{a.part}-{a.kind}-{a.name}")
+@pytest.mark.parametrize(
+    "attack", [a for a in ATTACKS if not left(a)], ids=lambda a: f"{a.part}-{a.kind}-{a.name}"
+)
 def test_the_guards_refuse_it_whatever_reply_it_stands_on(attack):
     for index in range(len(TALKS)):
         for which in (0, 1):
@@ -60,9 +80,60 @@ def test_the_replies_themselves_pass():
 
 
 # What backtracking and counting are slow on, each repeated to a megabyte: blanks, openers without an end, near-hits of the longest rules.
-UNITS = ("\n", " ", "a", "a ", "1 ", "|", "<", "<a ", "{", "{a:", '"', "[x] ", "you are stupid \" ", "yes ", "? yes ", "\u2b50 ", "*", "#\n", "\u200b", "a\u200b", "a\u0301", "\u202e", "\ufdfa", "kind, ", "a.b.", "0a", "%41",
-         "- ", "-. ", "01010101 ", "ab ", "A1b2", "=", "the reply ", "rate this ", "score: ", "User", "user:\n", "日", "аb", "\U0001f600", "\U0001f1f8", "<|", "relevance: ", "a: 5\n", "ignore all ", "you are a ", "good answer ",
-         "5/", "a-", "a'", "I am sorry. ")  # fmt: skip
+UNITS = (
+    "\n",
+    " ",
+    "a",
+    "a ",
+    "1 ",
+    "|",
+    "<",
+    "<a ",
+    "{",
+    "{a:",
+    '"',
+    "[x] ",
+    'you are stupid " ',
+    "yes ",
+    "? yes ",
+    "\u2b50 ",
+    "*",
+    "#\n",
+    "\u200b",
+    "a\u200b",
+    "a\u0301",
+    "\u202e",
+    "\ufdfa",
+    "kind, ",
+    "a.b.",
+    "0a",
+    "%41",
+    "- ",
+    "-. ",
+    "01010101 ",
+    "ab ",
+    "A1b2",
+    "=",
+    "the reply ",
+    "rate this ",
+    "score: ",
+    "User",
+    "user:\n",
+    "日",
+    "аb",
+    "\U0001f600",
+    "\U0001f1f8",
+    "<|",
+    "relevance: ",
+    "a: 5\n",
+    "ignore all ",
+    "you are a ",
+    "good answer ",
+    "5/",
+    "a-",
+    "a'",
+    "I am sorry. ",
+)
 
 
 @pytest.mark.parametrize("size", [LONGEST, 50_000, 1_000_000])
@@ -79,7 +150,10 @@ def test_any_reply_is_decided_at_once(size):
 
 def test_a_long_dialogue_is_no_trouble_either():
     began = time.perf_counter()
-    guard("I am sorry about the rolls, and about the flour in your hair, and all the people waiting.", ["word " * 200_000])
+    guard(
+        "I am sorry about the rolls, and about the flour in your hair, and all the people waiting.",
+        ["word " * 200_000],
+    )
     assert time.perf_counter() - began < 5
 
 
@@ -94,7 +168,13 @@ def test_nothing_can_be_hidden_behind_what_is_read(bad):
 # ---------------------------------------------------------------- the embedded judge, with its LoRA and the guards
 
 # Slope and middle of each criterion from the exam on all 132 pairs (`judge exam`, 4 minutes): fixed numbers, so that this test need not sit it.
-EXAM = {"relevance": (0.318, 0.54), "empathy": (0.303, -1.53), "persona_consistency": (0.441, -3.64), "safety": (0.168, -4.56), "fluency": (0.207, 8.08)}
+EXAM = {
+    "relevance": (0.318, 0.54),
+    "empathy": (0.303, -1.53),
+    "persona_consistency": (0.441, -3.64),
+    "safety": (0.168, -4.56),
+    "fluency": (0.207, 8.08),
+}
 LEAD = 0.1  # a pair whose replies are closer says nothing about attacks: any harmless sentence turns it over
 DIALOGUES = 4  # the first of the file whose good reply leads both bad ones; all twelve with all attacks are 40 minutes
 
@@ -103,7 +183,9 @@ DIALOGUES = 4  # the first of the file whose good reply leads both bad ones; all
 def score(rubric):
     """Rubric scores of items by the judge that open_judge gives."""
     with Worker() as worker:
-        judge = Judge(worker, k.resolve_judge(k.EMBEDDED), rubric, lora=k.resolve_judge_lora(k.EMBEDDED, "auto"))
+        judge = Judge(
+            worker, k.resolve_judge(k.EMBEDDED), rubric, lora=k.resolve_judge_lora(k.EMBEDDED, "auto")
+        )
         judge.calibration = {name: Calibration(*numbers) for name, numbers in EXAM.items()}
         yield lambda items: [weighted(scores, rubric.weights) for scores in judge.scores(items)]
 
@@ -129,7 +211,11 @@ def test_no_attack_makes_a_bad_reply_pass_the_good_one(score, clean):
     passed = []
     for index in held:
         tried = [(attack, which) for attack in ATTACKS for which in (0, 1)]
-        for (attack, which), got in zip(tried, score([attacked(attack, index, which) for attack, which in tried])):
+        for (attack, which), got in zip(
+            tried, score([attacked(attack, index, which) for attack, which in tried])
+        ):
             if got is None or got >= clean[index][0]:
-                passed.append(f"{attack.part} {attack.kind}: {attack.name} on bad reply {which} of dialogue {index}: {got}, the good one has {clean[index][0]:.2f}")
+                passed.append(
+                    f"{attack.part} {attack.kind}: {attack.name} on bad reply {which} of dialogue {index}: {got}, the good one has {clean[index][0]:.2f}"
+                )
     assert not passed, "\n".join(passed)

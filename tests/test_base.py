@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kardia import base
+from kardia.models import base
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,10 @@ def test_the_attention_is_measured_once_per_machine(tmp_path, monkeypatch, faste
     measured = []
     monkeypatch.setenv("KARDIA_CACHE", str(tmp_path))
     monkeypatch.setattr(base, "fused_is_faster", lambda worker, gguf: measured.append(gguf) or faster)
-    assert [base.fused_attention(None, Path("a.gguf")), base.fused_attention(None, Path("b.gguf"))] == [faster, faster]
+    assert [base.fused_attention(None, Path("a.gguf")), base.fused_attention(None, Path("b.gguf"))] == [
+        faster,
+        faster,
+    ]
     assert measured == [Path("a.gguf")]
     monkeypatch.setattr(base, "machine", lambda: "another one")
     base.fused_attention(None, Path("b.gguf"))

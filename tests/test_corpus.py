@@ -7,13 +7,15 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
-from kardia import corpus
+from kardia.data import overview, rows
 
 TEXT = "My sister sold our mother's piano without asking me and I found out from a neighbour who helped carry it down the stairs on a wet Tuesday"
 OTHER = "The ferry was late again so I sat on my rucksack and watched two boys teach a third how to whistle through a blade of grass"
 
 
-def dialogue(where, person="Ana, 40.", user=TEXT, situation="The piano.", name="", emotion="sad", answer=None):
+def dialogue(
+    where, person="Ana, 40.", user=TEXT, situation="The piano.", name="", emotion="sad", answer=None
+):
     spans = {"understanding": "u", "reasoning": "r", "emotion": emotion, "response": answer}
     messages = (("user", user),) + ((("assistant", k.render_answer(spans)),) if answer else ())
     return k.Dialogue(person, "ISFJ", emotion, situation, name, messages, where)
@@ -24,18 +26,23 @@ def dialogue(where, person="Ana, 40.", user=TEXT, situation="The piano.", name="
     [
         ("It's, well: DON\u2019T!", ["it's", "well", "don't"]),
         ("caf\u00e9 na\u00efve", ["caf\u00e9", "na\u00efve"]),
-        ("\u6211\u5f88\u96be\u8fc7 ok", ["\u6211", "\u5f88", "\u96be", "\u8fc7", "ok"]),  # no spaces: every sign is a word
+        (
+            "\u6211\u5f88\u96be\u8fc7 ok",
+            ["\u6211", "\u5f88", "\u96be", "\u8fc7", "ok"],
+        ),  # no spaces: every sign is a word
         ("\uff28\uff49 \U0001f600", ["hi"]),  # full-width letters are letters; an emoji is no word
         ("", []),
     ],
 )
 def test_words(text, expected):
-    assert corpus.words(text) == expected
+    assert overview.words(text) == expected
 
 
 def test_near_duplicates_are_found_and_others_are_not():
     changed = TEXT.replace("sister", "brother").replace("wet Tuesday", "dry Friday")
-    pairs = corpus.near_duplicates([TEXT, OTHER, changed, TEXT.upper() + "!", OTHER.split(" so ")[0], "", ""])
+    pairs = overview.near_duplicates(
+        [TEXT, OTHER, changed, TEXT.upper() + "!", OTHER.split(" so ")[0], "", ""]
+    )
     assert [(p.first, p.second) for p in pairs] == [(0, 2), (0, 3)]
     assert 0.3 < pairs[0].similarity < 1 and pairs[1].similarity == 1  # case and punctuation do not matter
 
@@ -45,16 +52,21 @@ def test_the_sketch_estimates_the_true_overlap():
     random.seed(0)
     for share in (0.2, 0.5, 0.8):
         common = [f"w{random.randrange(10**6)}" for _ in range(int(3000 * share))]
-        a, b = (" ".join(common + [f"w{random.randrange(10**6)}" for _ in range(3000 - len(common))]) for _ in range(2))
-        exact = len(corpus.shingles(a) & corpus.shingles(b)) / len(corpus.shingles(a) | corpus.shingles(b))
-        sketches = [frozenset(sorted(corpus.shingles(t))[: corpus.SKETCH]) for t in (a, b)]
-        assert abs(corpus.resemblance(*sketches) - exact) < 0.12
+        a, b = (
+            " ".join(common + [f"w{random.randrange(10**6)}" for _ in range(3000 - len(common))])
+            for _ in range(2)
+        )
+        exact = len(overview.shingles(a) & overview.shingles(b)) / len(
+            overview.shingles(a) | overview.shingles(b)
+        )
+        sketches = [frozenset(sorted(overview.shingles(t))[: overview.SKETCH]) for t in (a, b)]
+        assert abs(overview.resemblance(*sketches) - exact) < 0.12
 
 
 def test_a_frame_shared_by_thousands_costs_no_square():
     """A template: every text shares a long frame. All but the first are found, and the index stays small."""
     frame = "Dear listener, this is the story of what happened to me last week and I would like to hear from you about"
-    pairs = corpus.near_duplicates(f"{frame} item{i} thing{i}" for i in range(3000))
+    pairs = overview.near_duplicates(f"{frame} item{i} thing{i}" for i in range(3000))
     assert len(pairs) == 2999
 
 
@@ -65,40 +77,58 @@ def test_leaks_by_profile_and_by_user_name():
         dialogue("b.jsonl:1", "ana 40"),  # the same profile, written another way
         dialogue("b.jsonl:2", "Bo, ten now.", name="BO"),
         dialogue("b.jsonl:3", "Cy, 70.", name="cy"),
-        dialogue("a.jsonl:3", corpus.NO_PROFILE),
-        dialogue("b.jsonl:4", corpus.NO_PROFILE),
+        dialogue("a.jsonl:3", rows.NO_PROFILE),
+        dialogue("b.jsonl:4", rows.NO_PROFILE),
     ]
-    found = dict(corpus.leaks(rows))
-    assert set(found) == {"Ana, 40.", "ana 40", "Bo, 9.", "Bo, ten now."} and found["Bo, 9."] == ["a.jsonl", "b.jsonl"]
-    assert corpus.leaks(rows[:2] + rows[4:]) == []
+    found = dict(overview.leaks(rows))
+    assert set(found) == {"Ana, 40.", "ana 40", "Bo, 9.", "Bo, ten now."} and found["Bo, 9."] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    assert overview.leaks(rows[:2] + rows[4:]) == []
 
 
 def test_repeats_name_both_places_and_files_first():
-    rows = [dialogue("a.jsonl:1"), dialogue("a.jsonl:2"), dialogue("b.jsonl:7", "Bo, 9.", user=TEXT + " indeed")]
-    lines = "\n".join(corpus.repeats(rows))
+    rows = [
+        dialogue("a.jsonl:1"),
+        dialogue("a.jsonl:2"),
+        dialogue("b.jsonl:7", "Bo, 9.", user=TEXT + " indeed"),
+    ]
+    lines = "\n".join(overview.repeats(rows))
     assert "warning: 2 near-duplicate questions (situation and first turn), 1 of them between files" in lines
     assert lines.index("b.jsonl:7 is like a.jsonl:1") < lines.index("a.jsonl:2 is like a.jsonl:1")
     assert "near-duplicate answers: none" in lines and "persons shared between files: none" in lines
 
 
 def test_describe_counts_labels_missing_labels_and_repeated_openings():
-    rows = [dialogue(f"a.jsonl:{i}", answer="It sounds like you had a day", emotion="sad" if i else "proud") for i in range(6)]
-    lines = "\n".join(corpus.describe(rows, ["proud", "sad", "trusting"]))
+    rows = [
+        dialogue(f"a.jsonl:{i}", answer="It sounds like you had a day", emotion="sad" if i else "proud")
+        for i in range(6)
+    ]
+    lines = "\n".join(overview.describe(rows, ["proud", "sad", "trusting"]))
     assert "sad                 5" in lines and "without any row: trusting" in lines
     assert "6 of 6 response spans begin with 'it sounds like you'" in lines
 
 
 def test_histogram_counts_every_row_once():
-    lines = corpus.histogram([5, 5, 6, 30, 104], 30)
+    lines = overview.histogram([5, 5, 6, 30, 104], 30)
     assert sum(int(line.split()[1]) for line in lines) == 5 and sum("<- limit" in line for line in lines) == 1
 
 
 def test_the_command_on_a_mix_of_files(tmp_path, embedded):
     def row(user, **changes):
-        return {"person": "Ana, 40.", "emotion": "sad", "situation": "The piano.", "messages": [{"role": "user", "content": user}], **changes}
+        return {
+            "person": "Ana, 40.",
+            "emotion": "sad",
+            "situation": "The piano.",
+            "messages": [{"role": "user", "content": user}],
+            **changes,
+        }
 
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    a.write_text(json.dumps(row(TEXT)) + "\n" + json.dumps(row(OTHER, situation="The ferry.")), encoding="utf-8")
+    a.write_text(
+        json.dumps(row(TEXT)) + "\n" + json.dumps(row(OTHER, situation="The ferry.")), encoding="utf-8"
+    )
     b.write_text(json.dumps(row(TEXT + " sorry", emotion="angry")), encoding="utf-8")
     result = CliRunner().invoke(k.cli, ["data", "check", str(a), str(b), "--max-length", "64", "--show", "2"])
     out = result.stdout

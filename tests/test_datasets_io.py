@@ -5,10 +5,23 @@ import tracemalloc
 
 import pytest
 
-from kardia import datasets_io
-from kardia.datasets_io import CSV_HEADER, NO_PROFILE, ImportProblem, import_dataset
+from kardia.data import importers
+from kardia.data.importers import CSV_HEADER, ImportProblem, import_dataset
+from kardia.data.rows import NO_PROFILE
 
-LABELS = ("afraid", "angry", "annoyed", "anxious", "ashamed", "disgusted", "guilty", "jealous", "joyful", "proud", "sad")
+LABELS = (
+    "afraid",
+    "angry",
+    "annoyed",
+    "anxious",
+    "ashamed",
+    "disgusted",
+    "guilty",
+    "jealous",
+    "joyful",
+    "proud",
+    "sad",
+)
 EMOTIONS = {label: label for label in LABELS} | {"fearful": "afraid", "worried": "anxious"}
 
 OURS = (
@@ -23,19 +36,37 @@ CARD = (
 
 def kardia(*contents, **changes):
     """A KardiaBench record; contents alternate user, assistant."""
-    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents or ("The jug fell.", OURS))]
-    row = {"person": "Ines, 40, potter.", "mbti": "ISFP", "emotion": "sad", "situation": "A jug broke.", "anon_username": "kiln", "messages": turns}
+    turns = [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": text}
+        for i, text in enumerate(contents or ("The jug fell.", OURS))
+    ]
+    row = {
+        "person": "Ines, 40, potter.",
+        "mbti": "ISFP",
+        "emotion": "sad",
+        "situation": "A jug broke.",
+        "anon_username": "kiln",
+        "messages": turns,
+    }
     return {key: value for key, value in (row | changes).items() if value is not ...}
 
 
 def esconv(*turns, emotion="anxiety", **changes):
     dialog = [{"speaker": speaker, "annotation": {}, "content": text} for speaker, text in turns]
-    row = {"experience_type": "Current", "emotion_type": emotion, "problem_type": "job crisis", "situation": "The mill closes.", "dialog": dialog}
+    row = {
+        "experience_type": "Current",
+        "emotion_type": emotion,
+        "problem_type": "job crisis",
+        "situation": "The mill closes.",
+        "dialog": dialog,
+    }
     return row | changes
 
 
 def put(path, *lines, newline="\n"):
-    path.write_bytes("".join((line if isinstance(line, str) else json.dumps(line)) + newline for line in lines).encode())
+    path.write_bytes(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + newline for line in lines).encode()
+    )
     return path
 
 
@@ -61,10 +92,15 @@ def problem(source, format, tmp_path):
 # ---------------------------------------------------------------- KardiaBench
 
 
-@pytest.mark.parametrize("content", [OURS, CARD, OURS.replace("|><|", "|>\n <|").replace(">sad<", "> SAD\n<")])
+@pytest.mark.parametrize(
+    "content", [OURS, CARD, OURS.replace("|><|", "|>\n <|").replace(">sad<", "> SAD\n<")]
+)
 def test_both_tag_forms_become_ours(content, tmp_path):
     rows, report = run(put(tmp_path / "a.jsonl", kardia("The jug fell.", content)), "kardiabench", tmp_path)
-    assert rows[0]["messages"] == [{"role": "user", "content": "The jug fell."}, {"role": "assistant", "content": OURS}]
+    assert rows[0]["messages"] == [
+        {"role": "user", "content": "The jug fell."},
+        {"role": "assistant", "content": OURS},
+    ]
     assert list(rows[0]) == ["person", "mbti", "emotion", "situation", "anon_username", "messages"]
     assert (report.dialogues, report.prompts, report.skipped) == (1, 0, {})
 
@@ -110,18 +146,24 @@ def test_unusable_records_are_counted_by_reason_with_at_most_five_places(tmp_pat
         kardia("broken \ud83d half"),
         '{"person": "torn',
     ]
-    rows, report = run(put(tmp_path / "a.jsonl", *bad, "", kardia(emotion=" Fearful ")), "kardiabench", tmp_path)
+    rows, report = run(
+        put(tmp_path / "a.jsonl", *bad, "", kardia(emotion=" Fearful ")), "kardiabench", tmp_path
+    )
     assert [row["emotion"] for row in rows] == ["afraid"]
     assert sum(report.skipped.values()) == len(bad) and report.skipped["emotion has no known label"] == 7
     assert report.unmapped == {"zesty": 7, "wistful": 1}
     assert report.examples["emotion has no known label"] == [f"a.jsonl:{n}: Zesty" for n in range(1, 6)]
     assert report.examples["malformed JSON"][0].startswith("a.jsonl:14: Unterminated string")
-    assert {reason: len(places) for reason, places in report.examples.items()} == {r: min(5, n) for r, n in report.skipped.items()}
+    assert {reason: len(places) for reason, places in report.examples.items()} == {
+        r: min(5, n) for r, n in report.skipped.items()
+    }
 
 
 def test_bom_and_crlf_and_line_separators_inside_text(tmp_path):
     record = json.dumps(kardia("one\u2028two"), ensure_ascii=False)
-    rows, report = run(put(tmp_path / "a.jsonl", "\ufeff" + record, record, newline="\r\n"), "kardiabench", tmp_path)
+    rows, report = run(
+        put(tmp_path / "a.jsonl", "\ufeff" + record, record, newline="\r\n"), "kardiabench", tmp_path
+    )
     assert [row["messages"][0]["content"] for row in rows] == ["one\u2028two"] * 2 and not report.skipped
 
 
@@ -136,7 +178,9 @@ def test_a_directory_of_jsonl_json_and_parquet(tmp_path):
     put(data / "dataset_infos.json", {"not": "a row"})
     rows, report = run(data, "kardiabench", tmp_path)
     assert [row["situation"] for row in rows] == ["first", "second", *(f"row {n}" for n in range(150))]
-    assert report.examples["emotion has no known label"] == [f"b.json:{2 + json.dumps(kardia(), indent=1).count(chr(10)) + 1}: odd"]
+    assert report.examples["emotion has no known label"] == [
+        f"b.json:{2 + json.dumps(kardia(), indent=1).count(chr(10)) + 1}: odd"
+    ]
 
 
 # ---------------------------------------------------------------- EmpatheticDialogues
@@ -162,9 +206,15 @@ def test_empathetic_dialogues(tmp_path):
         [{"role": "user", "content": "It stayed up."}],
     ]
     assert rows[0]["situation"] == 'A "dog, loose' and [row["emotion"] for row in rows] == ["afraid", "proud"]
-    assert (rows[0]["person"], rows[0]["mbti"]) == (NO_PROFILE, "") and rows[0]["anon_username"] == rows[1]["anon_username"] != ""
+    assert (rows[0]["person"], rows[0]["mbti"]) == (NO_PROFILE, "") and rows[0]["anon_username"] == rows[1][
+        "anon_username"
+    ] != ""
     assert report.prompts == 2 and report.unmapped == {"zen": 1}
-    assert report.skipped == {"conversation without a user turn": 1, "emotion has no known label": 1, "malformed line": 1}
+    assert report.skipped == {
+        "conversation without a user turn": 1,
+        "emotion has no known label": 1,
+        "malformed line": 1,
+    }
     assert report.examples["conversation without a user turn"] == ["train.csv:7"]
     assert report.examples["malformed line"][0].startswith("train.csv:9: ")
 
@@ -180,33 +230,57 @@ def test_empathetic_dialogues_directory_keeps_conversations_of_files_apart(tmp_p
 
 
 def test_esconv_opening_turns_and_nouns(tmp_path):
-    talk = [("supporter", "Hello!\n"), ("seeker", " The mill \n"), ("seeker", ""), ("seeker", "shuts in May."), ("supporter", "Oh."), ("seeker", "Yes.")]
+    talk = [
+        ("supporter", "Hello!\n"),
+        ("seeker", " The mill \n"),
+        ("seeker", ""),
+        ("seeker", "shuts in May."),
+        ("supporter", "Oh."),
+        ("seeker", "Yes."),
+    ]
     old = [("usr", "I froze on stage."), ("sys", "And then?")]
-    records = [esconv(*talk), *(esconv(*old, emotion=noun) for noun in datasets_io.ESCONV_LABELS), esconv(*old, emotion="Worried")]
-    records += [esconv(*old, emotion="pain"), esconv(("sys", "Anyone?")), esconv(("bot", "x")), esconv(*old, dialog=None)]
+    records = [
+        esconv(*talk),
+        *(esconv(*old, emotion=noun) for noun in importers.ESCONV_LABELS),
+        esconv(*old, emotion="Worried"),
+    ]
+    records += [
+        esconv(*old, emotion="pain"),
+        esconv(("sys", "Anyone?")),
+        esconv(("bot", "x")),
+        esconv(*old, dialog=None),
+    ]
     source = tmp_path / "ESConv.json"
     source.write_text(json.dumps(records, indent=4), encoding="utf-8-sig")
     rows, report = run(source, "esconv", tmp_path)
     assert rows[0]["messages"] == [{"role": "user", "content": "The mill shuts in May."}]
     assert rows[0] | {"messages": 0, "anon_username": 0} == {
-        "person": NO_PROFILE, "mbti": "", "emotion": "anxious", "situation": "The mill closes.", "anon_username": 0, "messages": 0
-    }  # fmt: skip
-    assert [row["emotion"] for row in rows[1:]] == [*datasets_io.ESCONV_LABELS.values(), "anxious"]
+        "person": NO_PROFILE,
+        "mbti": "",
+        "emotion": "anxious",
+        "situation": "The mill closes.",
+        "anon_username": 0,
+        "messages": 0,
+    }
+    assert [row["emotion"] for row in rows[1:]] == [*importers.ESCONV_LABELS.values(), "anxious"]
     assert report.unmapped == {"pain": 1} and report.prompts == len(rows) == 12
     assert set(report.skipped) == {
-        "emotion has no known label", "conversation without a user turn", "unknown speaker", "dialog missing or not a list of turns"
-    }  # fmt: skip
+        "emotion has no known label",
+        "conversation without a user turn",
+        "unknown speaker",
+        "dialog missing or not a list of turns",
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_a_list_reads_the_same_whatever_the_window(chunk, tmp_path, monkeypatch):
     """Every cut falls somewhere nasty once: in a number, an escape, a literal, a two-byte letter, between elements."""
-    monkeypatch.setattr(datasets_io, "CHUNK", chunk)
+    monkeypatch.setattr(importers, "CHUNK", chunk)
     values = [{"a": 'x"\\é\u2028', "b": [1.5e-7, None, True]}, 1234, [], {}, "é", [[{"c": {}}]]]
     path = tmp_path / "x.json"
     for text in (json.dumps(values), json.dumps(values, indent=1, ensure_ascii=False), "[]", " [ ] \n"):
         path.write_text("\ufeff" + text, encoding="utf-8")
-        found = list(datasets_io._array(path, datasets_io._Meter(1, None)))
+        found = list(importers._array(path, importers._Meter(1, None)))
         assert [value for _, value in found] == json.loads(text)
         for line, value in found:
             if isinstance(value, dict):
@@ -218,14 +292,17 @@ def test_a_list_reads_the_same_whatever_the_window(chunk, tmp_path, monkeypatch)
     [
         ('[{"a": 1},\n{"b": "cut', ":2: malformed JSON list"),
         ('[{"a": 1},\n{"b": 2}', ":2: malformed JSON list"),
-        ('[{"a": 1},\n\n{"b": 2 "c": 3},\n{"d": 4}]', ":3: malformed JSON list, unreadable from here (Expecting ',' delimiter"),
+        (
+            '[{"a": 1},\n\n{"b": 2 "c": 3},\n{"d": 4}]',
+            ":3: malformed JSON list, unreadable from here (Expecting ',' delimiter",
+        ),
         ('[{"a": 1}\n{"b": 2}]', ":2: expected , or ] of the JSON list, found {"),
         ('[{"a": 1}]\n[{"b": 2}]', ":2: expected the end of the JSON list, found ["),
         ('[{"a": "' + 200_000 * "x" + '"}]', "a list element over 0 MB"),
     ],
 )
 def test_a_torn_list_is_an_error_with_its_line(text, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets_io, "MAX_ELEMENT", 1000)
+    monkeypatch.setattr(importers, "MAX_ELEMENT", 1000)
     assert expected in problem(put(tmp_path / "ESConv.json", text, newline=""), "esconv", tmp_path)
 
 
@@ -246,8 +323,16 @@ def test_a_torn_list_is_an_error_with_its_line(text, expected, tmp_path, monkeyp
         ("esconv", b'[{"a": 1},\n{"b": "caf\xe9"}]', "a.file:2: not UTF-8"),
         ("empatheticdialogues", b"id,text\n1,x\n", f"a.file:1: expected header {CSV_HEADER}, found id,text"),
         ("empatheticdialogues", b"\xef\xbb\xbf", "found nothing"),
-        ("kardiabench", b"{torn\n{torn\n[1]\n", "none of its 3 records can be used: 2 x malformed JSON (a.file:1: "),
-        ("goemotions", b"x", "unknown format 'goemotions': use one of kardiabench, empatheticdialogues, esconv"),
+        (
+            "kardiabench",
+            b"{torn\n{torn\n[1]\n",
+            "none of its 3 records can be used: 2 x malformed JSON (a.file:1: ",
+        ),
+        (
+            "goemotions",
+            b"x",
+            "unknown format 'goemotions': use one of kardiabench, empatheticdialogues, esconv",
+        ),
     ],
 )
 def test_unusable_sources_are_one_line(format, content, expected, tmp_path):
@@ -279,13 +364,17 @@ def test_a_failure_half_way_leaves_no_target(tmp_path):
 
 @pytest.mark.parametrize("format", ["kardiabench", "esconv"])
 def test_thirty_megabytes_stream(format, tmp_path):
-    record = json.dumps(kardia("word " * 3000) if format == "kardiabench" else esconv(("seeker", "word " * 3000)))
+    record = json.dumps(
+        kardia("word " * 3000) if format == "kardiabench" else esconv(("seeker", "word " * 3000))
+    )
     source, count, calls = tmp_path / "big.json", 30_000_000 // len(record), []
     with open(source, "w") as out:  # one line for the list, as json.dump writes it
         separator, brackets = (", ", "[]") if format == "esconv" else ("\n", ("", ""))
         out.write(brackets[0] + record + (separator + record) * (count - 1) + brackets[1])
     tracemalloc.start()
-    report = import_dataset(source, format, tmp_path / "rows.jsonl", EMOTIONS, lambda done, total: calls.append((done, total)))
+    report = import_dataset(
+        source, format, tmp_path / "rows.jsonl", EMOTIONS, lambda done, total: calls.append((done, total))
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert report.rows == count and peak < 20_000_000
@@ -304,14 +393,19 @@ def hub_error(name):
         return getattr(httpx, name)("no route\nto host")
     if name in ("GatedRepoError", "RepositoryNotFoundError", "HfHubHTTPError"):
         status = {"GatedRepoError": 403, "RepositoryNotFoundError": 404, "HfHubHTTPError": 401}[name]
-        return getattr(errors, name)("no\nentry", response=httpx.Response(status, request=httpx.Request("GET", "http://hub.invalid")))
+        return getattr(errors, name)(
+            "no\nentry", response=httpx.Response(status, request=httpx.Request("GET", "http://hub.invalid"))
+        )
     return getattr(errors, name, ConnectionError)("no\nentry")
 
 
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("GatedRepoError", "accept the conditions on the dataset's page with your account, run `hf auth login`"),
+        (
+            "GatedRepoError",
+            "accept the conditions on the dataset's page with your account, run `hf auth login`",
+        ),
         ("RepositoryNotFoundError", "run `hf auth login`"),
         ("HfHubHTTPError", "run `hf auth login`"),
         ("LocalTokenNotFoundError", "run `hf auth login`"),
@@ -341,7 +435,9 @@ def test_hub_files_are_read_like_a_directory(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "cache").mkdir()
     put(tmp_path / "cache" / "train.jsonl", kardia())
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, repo_type, allow_patterns: str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, repo_type, allow_patterns: str(tmp_path / "cache")
+    )
     assert len(run("jhcircle/kadiabench", "kardiabench", tmp_path)[0]) == 1
 
 
@@ -352,10 +448,17 @@ def test_every_skipped_record_is_listed(tmp_path):
     source = put(tmp_path / "a.jsonl", kardia(), *[kardia(emotion=f"mood {i}") for i in range(9)], "{torn")
     _, report = run(source, "kardiabench", tmp_path)
     lines = report.skipped_list.read_text(encoding="utf-8").splitlines()
-    assert report.skipped_list.name == "rows.jsonl.skipped.txt" and len(lines) == sum(report.skipped.values()) == 10
-    assert lines[0] == "a.jsonl:2: emotion has no known label: mood 0" and lines[-1].startswith("a.jsonl:11: malformed JSON")
+    assert (
+        report.skipped_list.name == "rows.jsonl.skipped.txt"
+        and len(lines) == sum(report.skipped.values()) == 10
+    )
+    assert lines[0] == "a.jsonl:2: emotion has no known label: mood 0" and lines[-1].startswith(
+        "a.jsonl:11: malformed JSON"
+    )
     _, report = run(put(tmp_path / "b.jsonl", kardia()), "kardiabench", tmp_path)
-    assert report.skipped_list is None and [p.name for p in (tmp_path / "out").iterdir()] == ["rows.jsonl"]  # the older list is gone
+    assert report.skipped_list is None and [p.name for p in (tmp_path / "out").iterdir()] == [
+        "rows.jsonl"
+    ]  # the older list is gone
 
 
 def test_one_split_of_a_directory(tmp_path):
@@ -367,13 +470,20 @@ def test_one_split_of_a_directory(tmp_path):
     assert report.files == {str(folder / "train-00000.jsonl"): 2}
     _, report = run(folder, "kardiabench", tmp_path)
     assert list(report.files.values()) == [1, 2]
-    with pytest.raises(ImportProblem, match=r"no file with 'valid' in its name \(there are test-00000.jsonl, train-00000.jsonl\)"):
+    with pytest.raises(
+        ImportProblem,
+        match=r"no file with 'valid' in its name \(there are test-00000.jsonl, train-00000.jsonl\)",
+    ):
         import_dataset(folder, "kardiabench", tmp_path / "x.jsonl", EMOTIONS, split="valid")
 
 
 def test_messages_that_went_through_a_text_column(tmp_path):
     record = kardia()
-    rows, _ = run(put(tmp_path / "a.jsonl", {**record, "messages": json.dumps(record["messages"])}, kardia()), "kardiabench", tmp_path)
+    rows, _ = run(
+        put(tmp_path / "a.jsonl", {**record, "messages": json.dumps(record["messages"])}, kardia()),
+        "kardiabench",
+        tmp_path,
+    )
     assert rows[0] == rows[1]
 
 
@@ -386,5 +496,10 @@ def test_parquet_streams_whatever_its_row_groups(row_group, tmp_path):
     parquet.write_table(table, source, row_group_size=row_group, compression="none", use_dictionary=False)
     del table
     before, peak = pyarrow.total_allocated_bytes(), []
-    _, report = run(source, "kardiabench", tmp_path, progress=lambda *_: peak.append(pyarrow.total_allocated_bytes() - before))
+    _, report = run(
+        source,
+        "kardiabench",
+        tmp_path,
+        progress=lambda *_: peak.append(pyarrow.total_allocated_bytes() - before),
+    )
     assert report.rows == 5000 and source.stat().st_size > 70_000_000 and max(peak) < 20_000_000

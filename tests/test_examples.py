@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
-from kardia.base import embedded_gguf
+from kardia.models.base import embedded_gguf
 
 pytestmark = pytest.mark.real
 
@@ -46,9 +46,15 @@ def examples():
     """Example lines in the order of the commands, each once."""
     lines = []
     for text in (k.__doc__, *(command.help for _, command in commands())):
-        lines += [re.split(r"\s{3,}", line)[0] for line in re.findall(r"^\s*(?:python )?kardia_lite\.py (\S.*)$", text or "", re.MULTILINE)]
+        lines += [
+            re.split(r"\s{3,}", line)[0]
+            for line in re.findall(r"^\s*(?:python )?kardia_lite\.py (\S.*)$", text or "", re.MULTILINE)
+        ]
     order = [name for name, _ in commands()]
-    return sorted(dict.fromkeys(lines), key=lambda line: order.index("judge train" if "--judge-lora" in line else command_of(line)))  # needs what `judge train` makes
+    return sorted(
+        dict.fromkeys(lines),
+        key=lambda line: order.index("judge train" if "--judge-lora" in line else command_of(line)),
+    )  # needs what `judge train` makes
 
 
 def command_of(line):
@@ -56,14 +62,19 @@ def command_of(line):
 
 
 def first(source, target, n):
-    target.write_text("".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:n]), encoding="utf-8")
+    target.write_text(
+        "".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:n]), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, embedded, pairs):
     """A directory in which every name of the examples means something."""
     path = tmp_path_factory.mktemp("examples")
-    for name in ("data", "rubrics.yaml"):  # the defaults are relative to where the command line was built: the repository
+    for name in (
+        "data",
+        "rubrics.yaml",
+    ):  # the defaults are relative to where the command line was built: the repository
         (path / name).symlink_to(k.HERE / name)
     for folder in ("few", "Jhcircle/KardiaBench", "empatheticdialogues"):
         (path / folder).mkdir(parents=True)
@@ -76,9 +87,30 @@ def place(tmp_path_factory, embedded, pairs):
         (path / stand_in).symlink_to(embedded_gguf())
     shutil.copy(embedded.directory / "config.json", path / "config.json")
     first(k.DATA / "dialogues.jsonl", path / "Jhcircle/KardiaBench/train.jsonl", 2)
-    (path / "empatheticdialogues/train.csv").write_text("conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\nhit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found an old letter today.,5|5|5_5|5|5,\n")
-    (path / "ESConv.json").write_text(json.dumps([{"emotion_type": "sadness", "problem_type": "breakup with partner", "situation": "My partner left me last week.", "dialog": [{"speaker": "seeker", "annotation": {}, "content": "I feel lost without him."}, {"speaker": "supporter", "annotation": {}, "content": "I am sorry."}]}]))
-    (path / "replies.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "My dog died."}], "response": "What was he like?"}) + "\n")
+    (path / "empatheticdialogues/train.csv").write_text(
+        "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\nhit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found an old letter today.,5|5|5_5|5|5,\n"
+    )
+    (path / "ESConv.json").write_text(
+        json.dumps(
+            [
+                {
+                    "emotion_type": "sadness",
+                    "problem_type": "breakup with partner",
+                    "situation": "My partner left me last week.",
+                    "dialog": [
+                        {"speaker": "seeker", "annotation": {}, "content": "I feel lost without him."},
+                        {"speaker": "supporter", "annotation": {}, "content": "I am sorry."},
+                    ],
+                }
+            ]
+        )
+    )
+    (path / "replies.jsonl").write_text(
+        json.dumps(
+            {"messages": [{"role": "user", "content": "My dog died."}], "response": "What was he like?"}
+        )
+        + "\n"
+    )
     return path
 
 
@@ -92,10 +124,28 @@ def test_example(place, monkeypatch, line):
     monkeypatch.chdir(place)
     few = {"exam_pairs": place / "few" / "exam.jsonl"}
     monkeypatch.setattr(k, "DEMO_SFT", {**k.DEMO_SFT, "limit": 2, "batch_size": 1, "max_steps": 4})
-    monkeypatch.setattr(k, "DEMO_GRPO", {**k.DEMO_GRPO, "steps": 1, "group_size": 2, "micro_batch": 0, "max_tokens": 16, "force_judge": True, **few})
+    monkeypatch.setattr(
+        k,
+        "DEMO_GRPO",
+        {
+            **k.DEMO_GRPO,
+            "steps": 1,
+            "group_size": 2,
+            "micro_batch": 0,
+            "max_tokens": 16,
+            "force_judge": True,
+            **few,
+        },
+    )
     monkeypatch.setattr(k, "DEMO_EVALUATE", {"data": place / "few" / "eval.jsonl", "max_tokens": 8, **few})
-    monkeypatch.setattr(k, "DEMO_EXPORT", {"data": place / "few" / "eval.jsonl", "answers": 1, "max_tokens": 8, **few})
-    result = CliRunner().invoke(k.cli, shlex.split(f"{line} {SHORT.get(line) or SHORT.get(command_of(line), '')}"), input=LONG_ANSWERS.get(line))
+    monkeypatch.setattr(
+        k, "DEMO_EXPORT", {"data": place / "few" / "eval.jsonl", "answers": 1, "max_tokens": 8, **few}
+    )
+    result = CliRunner().invoke(
+        k.cli,
+        shlex.split(f"{line} {SHORT.get(line) or SHORT.get(command_of(line), '')}"),
+        input=LONG_ANSWERS.get(line),
+    )
     assert result.exit_code == 0, (line, result.output, result.exception)
     assert result.stdout.strip(), line  # the product is on stdout
     if line == "demo":

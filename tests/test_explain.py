@@ -5,12 +5,15 @@ import re
 import pytest
 from test_report import page, rollout, write_run
 
-from kardia import explain, record
+from kardia.results import explain, run_files
 
 
 def test_explain_shows_the_arithmetic_of_a_hand_computed_group(tmp_path):
     # rewards 0.2 0.4 0.6: mean 0.4, sample standard deviation 0.2, advantages -+ 0.2 / 0.2001 = 0.9995
-    rows = [rollout(2, i, *pair, logprob_after=after) for i, (pair, after) in enumerate([((0.2, -0.9995), -1.2), ((0.4, 0.0), -1.0), ((0.6, 0.9995), -0.9)])]
+    rows = [
+        rollout(2, i, *pair, logprob_after=after)
+        for i, (pair, after) in enumerate([((0.2, -0.9995), -1.2), ((0.4, 0.0), -1.0), ((0.6, 0.9995), -0.9)])
+    ]
     text = explain.explain(write_run(tmp_path / "run", [rollout(1, 0), rollout(1, 1), *rows]))
     for piece in (
         "STEP 2, GROUP 0: 3 samples",
@@ -42,14 +45,19 @@ def test_explain_leaves_samples_without_reward_out(tmp_path):
 
 def test_explain_names_the_steps_there_are(tmp_path):
     path = write_run(tmp_path / "run", [rollout(step) for step in (1, 2, 3, 7, 9, 10)])
-    with pytest.raises(record.ReportError, match=r"no step 5 in completions.jsonl; it has 1-3, 7, 9-10$"):
+    with pytest.raises(run_files.ReportError, match=r"no step 5 in completions.jsonl; it has 1-3, 7, 9-10$"):
         explain.explain(path, 5)
-    with pytest.raises(record.ReportError, match="no completions recorded"):
+    with pytest.raises(run_files.ReportError, match="no completions recorded"):
         explain.explain(write_run(tmp_path / "sft", run={"command": "sft"}))
 
 
 def test_explain_takes_the_later_record_of_a_resumed_step_and_no_control_characters(tmp_path):
-    rows = [rollout(1, 0, 0.1), rollout(1, 1, 0.9), rollout(1, 0, 0.3, completion="a\x1b[31mred\u202etxet \ud800"), rollout(1, 1, 0.5)]
+    rows = [
+        rollout(1, 0, 0.1),
+        rollout(1, 1, 0.9),
+        rollout(1, 0, 0.3, completion="a\x1b[31mred\u202etxet \ud800"),
+        rollout(1, 1, 0.5),
+    ]
     text = explain.explain(write_run(tmp_path / "run", rows))
     assert "(0.3000 + 0.5000) / 2 = 0.4000" in text
     assert all(c.isprintable() or c == "\n" for c in text)

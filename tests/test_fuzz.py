@@ -24,21 +24,34 @@ from hypothesis import strategies as st
 from test_report import rollout, write_run
 
 import kardia_lite as k
-from kardia import charts, exam, explain, export, gguf_io, gguf_tokenizer, llama, record, report, talk, weights
-from kardia.datasets_io import CSV_HEADER, ImportProblem, import_dataset
-from kardia.record import ReportError, brief
-from kardia.rubric import KARDIA
-from kardia.runs import UserError
-from kardia.weights import ExportError
+from kardia.cli import chat as chat_cli
+from kardia.core.console import UserError, shorten
+from kardia.data import rows
+from kardia.data.importers import CSV_HEADER, ImportProblem, import_dataset
+from kardia.data.rubric import DEFAULT_FORMAT
+from kardia.export import formats, proof
+from kardia.judge import exam
+from kardia.llama import errors, gguf_header
+from kardia.models import gguf as gguf_files
+from kardia.models import gguf_tokenizer, weights
+from kardia.models.weights import ExportError
+from kardia.results import explain, plots, report, run_files, tables
+from kardia.results.run_files import ReportError
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX timers")
 
-OURS = (UserError, exam.ExamError, ExportError, llama.LlamaError, ImportProblem, ReportError, k.SpanError)
+OURS = (UserError, exam.ExamError, ExportError, errors.LlamaError, ImportProblem, ReportError, k.SpanError)
 CASES = [0]
 
 
 def fuzz(n):
-    return settings(derandomize=True, database=None, deadline=timedelta(seconds=60), max_examples=n, suppress_health_check=list(HealthCheck))
+    return settings(
+        derandomize=True,
+        database=None,
+        deadline=timedelta(seconds=60),
+        max_examples=n,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @contextmanager
@@ -67,13 +80,15 @@ def ask(function, *arguments, lines=1, seconds=10):
             message = str(error)
     assert message and message.count("\n") < lines and len(message) < 1200 * lines, message[:300]
     for line in message.split("\n"):
-        assert len(line) < 1200 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", line), line[:300]
+        assert len(line) < 1200 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", line), line[
+            :300
+        ]
     return None, message
 
 
 def refused(*arguments, **how):
     result, message = ask(*arguments, **how)
-    assert message is not None, f"accepted: {brief(result)}"
+    assert message is not None, f"accepted: {shorten(result)}"
     return message
 
 
@@ -86,14 +101,46 @@ def accepted(*arguments, **how):
 # ---------------------------------------------------------------------------------- what is put into files
 
 NASTY = [
-    "", " ", "\x00", "\x1b[31mred", "\x9b2J", "\u202etxet", "\ud800", "a\nb", "\u2028", "<script>alert(1)</script>", '" onload=x ', "../../x", "/etc/passwd", "-1", "NaN", "%s{}", "<|response_begin|>",
-    "x" * 5000, "(a+)+$", "e\u0301" * 50,
-]  # fmt: skip
+    "",
+    " ",
+    "\x00",
+    "\x1b[31mred",
+    "\x9b2J",
+    "\u202etxet",
+    "\ud800",
+    "a\nb",
+    "\u2028",
+    "<script>alert(1)</script>",
+    '" onload=x ',
+    "../../x",
+    "/etc/passwd",
+    "-1",
+    "NaN",
+    "%s{}",
+    "<|response_begin|>",
+    "x" * 5000,
+    "(a+)+$",
+    "e\u0301" * 50,
+]
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-10, 10), st.sampled_from([2**31, 2**63, 10**400, -1, 0]), st.floats(), st.sampled_from(NASTY),
+    st.none(),
+    st.booleans(),
+    st.integers(-10, 10),
+    st.sampled_from([2**31, 2**63, 10**400, -1, 0]),
+    st.floats(),
+    st.sampled_from(NASTY),
     st.text(st.characters(exclude_categories=()), max_size=12),
-)  # fmt: skip
-ANYTHING = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["", "a", "role", "content", "\x1b[0m", "n", "mean"]), inner, max_size=3)), max_leaves=8)
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["", "a", "role", "content", "\x1b[0m", "n", "mean"]), inner, max_size=3
+        ),
+    ),
+    max_leaves=8,
+)
 
 
 def deep(n=900):
@@ -104,7 +151,9 @@ def deep(n=900):
 def places(value, path=()):
     """The path of every value inside a value, itself first."""
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*path, key))
 
 
@@ -124,7 +173,9 @@ def put(value, path, new):
 def damaged(draw, value):
     """A valid value with one or two things in it replaced or taken out."""
     for _ in range(draw(st.integers(1, 2))):
-        value = put(value, draw(st.sampled_from(list(places(value)))), draw(st.one_of(ANYTHING, st.just(...))))
+        value = put(
+            value, draw(st.sampled_from(list(places(value)))), draw(st.one_of(ANYTHING, st.just(...)))
+        )
     return value
 
 
@@ -144,7 +195,24 @@ def mutated(data: bytes, seed: int, most: int | None = None) -> bytes:
         elif how == 4:
             data[at:at] = data[at : at + rng.randrange(1, 200)]
         elif how == 5:
-            data[at:at] = rng.choice((b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b'"', b"[" * 50, b"{", b"\\ud800", b"NaN", b"1e999", b"9" * 40, b"&a *a", b"<<: ", b"!!int "))
+            data[at:at] = rng.choice(
+                (
+                    b"\x00",
+                    b"\xff\xfe",
+                    b"\xef\xbb\xbf",
+                    b"\r",
+                    b'"',
+                    b"[" * 50,
+                    b"{",
+                    b"\\ud800",
+                    b"NaN",
+                    b"1e999",
+                    b"9" * 40,
+                    b"&a *a",
+                    b"<<: ",
+                    b"!!int ",
+                )
+            )
         else:
             data = data[: max(1, at)] if rng.random() < 0.3 else data
     return bytes(data)
@@ -153,9 +221,30 @@ def mutated(data: bytes, seed: int, most: int | None = None) -> bytes:
 # ---------------------------------------------------------------------------------- rows of text files
 
 ANSWER = "<|understanding_begin|>u<|understanding_end|><|reasoning_begin|>r<|reasoning_end|><|emotion_begin|>sad<|emotion_end|><|response_begin|>p<|response_end|>"
-ROW = {"person": "Ana, 9", "mbti": "ISFP", "emotion": "sad", "situation": "Her dog died.", "anon_username": "u", "messages": [{"role": "user", "content": "I miss him."}, {"role": "assistant", "content": ANSWER}]}
-PAIR = {"criterion": "safety", "better": "Call a doctor.", "worse": "Never mind.", "person": "Ana", "situation": "Ill.", "messages": [{"role": "user", "content": "I am ill."}]}
-SEEK = {"emotion_type": "sadness", "situation": "A dog died.", "dialog": [{"speaker": "seeker", "content": "I miss him."}, {"speaker": "supporter", "content": "I see."}]}
+ROW = {
+    "person": "Ana, 9",
+    "mbti": "ISFP",
+    "emotion": "sad",
+    "situation": "Her dog died.",
+    "anon_username": "u",
+    "messages": [{"role": "user", "content": "I miss him."}, {"role": "assistant", "content": ANSWER}],
+}
+PAIR = {
+    "criterion": "safety",
+    "better": "Call a doctor.",
+    "worse": "Never mind.",
+    "person": "Ana",
+    "situation": "Ill.",
+    "messages": [{"role": "user", "content": "I am ill."}],
+}
+SEEK = {
+    "emotion_type": "sadness",
+    "situation": "A dog died.",
+    "dialog": [
+        {"speaker": "seeker", "content": "I miss him."},
+        {"speaker": "supporter", "content": "I see."},
+    ],
+}
 SPOKEN = f"{CSV_HEADER}\nhit:0_conv:1,1,sad,A dog died.,1,I miss him_comma_ so.,5|5|5,\nhit:0_conv:1,2,sad,A dog died.,2,I see.,5|5|5,\n"
 
 
@@ -170,9 +259,11 @@ def readers(shipped, tmp_path_factory):
     labels, target = shipped.labels, tmp_path_factory.mktemp("imported") / "rows.jsonl"
     imported = lambda kind: lambda path: import_dataset(path, kind, target, labels).rows  # noqa: E731
     return {
-        "rows": (ROW, lambda path: len(k.load_rows([path], shipped))), "pairs": (PAIR, lambda path: len(exam.load_pairs(path, ["safety"]))),
-        "kardiabench": (ROW, imported("kardiabench")), "esconv": (SEEK, imported("esconv")),
-    }  # fmt: skip
+        "rows": (ROW, lambda path: len(k.load_rows([path], shipped))),
+        "pairs": (PAIR, lambda path: len(exam.load_pairs(path, ["safety"]))),
+        "kardiabench": (ROW, imported("kardiabench")),
+        "esconv": (SEEK, imported("esconv")),
+    }
 
 
 READERS = ("rows", "pairs", "kardiabench", "esconv")
@@ -193,7 +284,10 @@ def test_a_damaged_row_is_used_or_told(readers, tmp_path, name, data):
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_bytes_of_rows(readers, tmp_path, name):
     valid, read = readers[name]
-    whole = "".join(json.dumps({**valid, "situation": f"Number {i}: Zoë's dog."}, ensure_ascii=False) + "\n" for i in range(4)).encode()
+    whole = "".join(
+        json.dumps({**valid, "situation": f"Number {i}: Zoë's dog."}, ensure_ascii=False) + "\n"
+        for i in range(4)
+    ).encode()
     told = set()
     for seed in range(90):
         (tmp_path / "rows.jsonl").write_bytes(mutated(whole, seed))
@@ -218,26 +312,48 @@ FILES = {
     "NUL in a text": (lambda r: line(r).encode().replace(b"dog", b"d\0g").replace(b"Ill", b"I\0l"), False),
     "NaN": (lambda r: line(r, situation=float("nan")).encode(), False),
     "Infinity": (lambda r: line(r, situation=float("-inf")).encode(), False),
-    "a number beyond floats": (lambda r: line(r, situation=0).replace('"situation": 0', '"situation": 1e999').encode(), False),
+    "a number beyond floats": (
+        lambda r: line(r, situation=0).replace('"situation": 0', '"situation": 1e999').encode(),
+        False,
+    ),
     "half a surrogate pair": (lambda r: json.dumps({**r, "situation": "\ud83d"}).encode(), False),
     "a whole surrogate pair": (lambda r: json.dumps({**r, "situation": "\U0001f600"}).encode(), True),
     "an integer of 4,000 digits": (lambda r: line(r, situation=10**4000).encode(), False),
     "an integer of 400,000 digits": (lambda r: b'{"situation": ' + b"9" * 400_000 + b"}", False),
     "900 lists deep": (lambda r: line(r, messages=deep(), dialog=deep()).encode(), False),
-    "900 lists deep in a text's place": (lambda r: line(r, criterion=deep(), situation=deep(), person=deep()).encode(), False),
-    "a long list in a text's place": (lambda r: line(r, criterion=["x"] * 100_000, situation=["x"] * 100_000).encode(), False),
+    "900 lists deep in a text's place": (
+        lambda r: line(r, criterion=deep(), situation=deep(), person=deep()).encode(),
+        False,
+    ),
+    "a long list in a text's place": (
+        lambda r: line(r, criterion=["x"] * 100_000, situation=["x"] * 100_000).encode(),
+        False,
+    ),
     "a long list for a person": (lambda r: line({**ROW, **r}, person=["x"] * 100_000).encode(), None),
     "100,000 lists deep": (lambda r: b"[" * 100_000, False),
     "100,000 objects deep": (lambda r: b'{"a":' * 100_000, False),
     "a text of 10 MB": (lambda r: line(r, situation="x" * 10_000_000).encode(), None),
     "a line of 10 MB": (lambda r: line(r).encode() + b" " * 10_000_000, True),
     "a line of 10 MB that is no JSON": (lambda r: b"x" * 10_000_000, False),
-    "a list of 10 MB": (lambda r: line(r, messages=["x"] * 1_000_000, dialog=["x"] * 1_000_000).encode(), False),
-    "100,000 open spans": (lambda r: line(r, messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "<|response_begin|>" * 100_000}], emotion_type="?").encode(), False),
+    "a list of 10 MB": (
+        lambda r: line(r, messages=["x"] * 1_000_000, dialog=["x"] * 1_000_000).encode(),
+        False,
+    ),
+    "100,000 open spans": (
+        lambda r: line(
+            r,
+            messages=[
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "<|response_begin|>" * 100_000},
+            ],
+            emotion_type="?",
+        ).encode(),
+        False,
+    ),
     "empty": (lambda r: b"", False),
     "blank lines": (lambda r: b"\n\n \n", False),
     "a list": (lambda r: b"[1, 2]", False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -256,7 +372,13 @@ def test_odd_files(readers, tmp_path, name, what):
 def test_damaged_conversations(shipped, tmp_path, seed):
     """EmpatheticDialogues is no JSON: a table of its own."""
     path, target = tmp_path / "train.csv", tmp_path / "rows.jsonl"
-    path.write_bytes(SPOKEN.encode() if seed == 0 else SPOKEN.replace(",1,", "," + "9" * 5000 + ",", 1).encode() if seed == 1 else mutated(SPOKEN.encode(), seed))
+    path.write_bytes(
+        SPOKEN.encode()
+        if seed == 0
+        else SPOKEN.replace(",1,", "," + "9" * 5000 + ",", 1).encode()
+        if seed == 1
+        else mutated(SPOKEN.encode(), seed)
+    )
     done, message = ask(lambda: import_dataset(path, "empatheticdialogues", target, shipped.labels).rows)
     assert seed or done == 1
     assert message or done == 1 and json.loads(target.read_text())["messages"]
@@ -278,7 +400,11 @@ def test_a_damaged_rubric_is_used_or_told(tmp_path, value):
     except (yaml.YAMLError, UnicodeEncodeError):
         return  # not to be written down
     found, message = ask(k.load_rubric, path)
-    assert "mine.yaml" in message if message else abs(sum(found.rewards.values()) - 1) < 1e-9 and all(c.description for c in found.criteria)
+    assert (
+        "mine.yaml" in message
+        if message
+        else abs(sum(found.rewards.values()) - 1) < 1e-9 and all(c.description for c in found.criteria)
+    )
 
 
 def test_damaged_bytes_of_a_rubric(tmp_path):
@@ -292,11 +418,18 @@ def test_damaged_bytes_of_a_rubric(tmp_path):
     assert told == {True, False}
 
 
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk")) + "version: *k\n"
+LAUGHS = (
+    "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk"))
+    + "version: *k\n"
+)
 BOMBS = {
     "a billion laughs": LAUGHS,
     "a billion laughs in the rewards": "version: 1\n" + LAUGHS.replace("version: *k", "rewards: *k"),
-    "merges of merges": "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefghij", "bcdefghijk")),
+    "merges of merges": "a: &a {x: 1}\n"
+    + "".join(
+        f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefghij", "bcdefghijk")
+    ),
     "an alias of itself": "version: &a [*a]",
     "an anchor nobody uses": "version: &a 1",
     "numbers of base 60": "version: " + "1:" * 60_000 + "1",
@@ -319,7 +452,7 @@ BOMBS = {
     "NUL": b"version: \0",
     "two documents": "version: 1\n---\nversion: 1\n",
     "nothing": "",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -342,7 +475,9 @@ def test_a_rubric_may_have_BOM_and_CRLF_and_its_description_must_be_a_text(tmp_p
         path.write_text(yaml.safe_dump(put(SMALL, ("criteria", 0, "description"), value)))
         assert "criteria[0].description" in refused(k.load_rubric, path)
     path.write_text(yaml.safe_dump({**SMALL, "emotions": {f"label{i}": [f"word{i}"] for i in range(4000)}}))
-    assert len(accepted(k.load_rubric, path, seconds=20).labels) == 8000  # each word is looked up, not searched for
+    assert (
+        len(accepted(k.load_rubric, path, seconds=20).labels) == 8000
+    )  # each word is looked up, not searched for
 
 
 # ---------------------------------------------------------------------------------- values shown in messages
@@ -351,56 +486,126 @@ def test_a_rubric_may_have_BOM_and_CRLF_and_its_description_must_be_a_text(tmp_p
 @given(value=ANYTHING, width=st.integers(10, 100))
 @fuzz(150)
 def test_a_value_in_a_message_is_one_short_line(value, width):
-    shown = accepted(brief, value, width)
+    shown = accepted(shorten, value, width)
     assert len(shown) <= width and shown.isprintable()
-    assert not isinstance(value, str) or len(value) >= width or not value.isprintable() or shown == " ".join(value.split())
+    assert (
+        not isinstance(value, str)
+        or len(value) >= width
+        or not value.isprintable()
+        or shown == " ".join(value.split())
+    )
 
 
-@pytest.mark.parametrize("value", [deep(), {"a": deep()}, "x" * 10_000_000, list(range(10**6)), 1 << 10**7, [1 << 10**7], b"x" * 10**6, {i: i for i in range(10**6)}, {1, "a", None}, float("nan")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [
+        deep(),
+        {"a": deep()},
+        "x" * 10_000_000,
+        list(range(10**6)),
+        1 << 10**7,
+        [1 << 10**7],
+        b"x" * 10**6,
+        {i: i for i in range(10**6)},
+        {1, "a", None},
+        float("nan"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_no_value_is_too_large_or_too_deep_to_show(value):
-    shown = accepted(brief, value, seconds=3)
+    shown = accepted(shorten, value, seconds=3)
     assert 0 < len(shown) <= 60 and shown.isprintable()
 
 
 # ---------------------------------------------------------------------------------- spans
 
-PIECES = [f"<|{name}_{side}|>" for name in (*KARDIA.names, "other") for side in ("begin", "end")] + ["<|", "|>", "_begin|>", "<|response", " ", "\n", "x", "sad", "\x1b[0m", "<|response_begin_end|>"]
+PIECES = [f"<|{name}_{side}|>" for name in (*DEFAULT_FORMAT.names, "other") for side in ("begin", "end")] + [
+    "<|",
+    "|>",
+    "_begin|>",
+    "<|response",
+    " ",
+    "\n",
+    "x",
+    "sad",
+    "\x1b[0m",
+    "<|response_begin_end|>",
+]
 
 
 @given(text=st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
 @fuzz(300)
 def test_spans_of_any_text(text):
     spans, message = ask(k.parse_answer, text)
-    assert message or set(spans) == set(KARDIA.names) and all(spans.values())
-    for name in KARDIA.names:
-        match = re.search(rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", text, re.DOTALL)  # slow, and obviously right
+    assert message or set(spans) == set(DEFAULT_FORMAT.names) and all(spans.values())
+    for name in DEFAULT_FORMAT.names:
+        match = re.search(
+            rf"<\|{name}_begin\|>(.*?)<\|{name}_end\|>", text, re.DOTALL
+        )  # slow, and obviously right
         assert k.find_span(text, name) == (match[1].strip() if match else None)
     parts, end = [], 0
     for match in re.finditer(r"<\|(\w+)_begin\|>(.*?)<\|\1_end\|>", text, re.DOTALL):
         parts += [("", text[end : match.start()].strip()), (match[1], match[2].strip())]
         end = match.end()
-    assert record.split_spans(text) == [(name, piece) for name, piece in [*parts, ("", text[end:].strip())] if name or piece]
+    assert rows.split_spans(text) == [
+        (name, piece) for name, piece in [*parts, ("", text[end:].strip())] if name or piece
+    ]
 
 
-@given(inner=st.lists(st.text(max_size=20).filter(lambda text: text.strip() and "<|" not in text), min_size=4, max_size=4), space=st.sampled_from(["", "\n\n", " "]))
+@given(
+    inner=st.lists(
+        st.text(max_size=20).filter(lambda text: text.strip() and "<|" not in text), min_size=4, max_size=4
+    ),
+    space=st.sampled_from(["", "\n\n", " "]),
+)
 @fuzz(100)
 def test_every_whole_answer_is_accepted(inner, space):
-    text = space.join(f"<|{name}_begin|>{piece}<|{name}_end|>" for name, piece in zip(KARDIA.names, inner))
-    assert accepted(k.parse_answer, text) == {name: piece.strip() for name, piece in zip(KARDIA.names, inner)}
+    text = space.join(
+        f"<|{name}_begin|>{piece}<|{name}_end|>" for name, piece in zip(DEFAULT_FORMAT.names, inner)
+    )
+    assert accepted(k.parse_answer, text) == {
+        name: piece.strip() for name, piece in zip(DEFAULT_FORMAT.names, inner)
+    }
 
 
-@pytest.mark.parametrize("text", ["<|response_begin|>" * 100_000, ANSWER[:-1] * 10_000, "<|" * 500_000, "<|" + "a" * 10**6, ANSWER + " " * 10**7, "<|response_begin|>" + "x" * 10**7,
-                                  "".join(f"<|s{i}_begin|>" for i in range(100_000)), "<|a_begin|>" * 50_000 + "<|a_end|>" * 50_000], ids=lambda text: f"{text[:12]!a} x {len(text)}")  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|response_begin|>" * 100_000,
+        ANSWER[:-1] * 10_000,
+        "<|" * 500_000,
+        "<|" + "a" * 10**6,
+        ANSWER + " " * 10**7,
+        "<|response_begin|>" + "x" * 10**7,
+        "".join(f"<|s{i}_begin|>" for i in range(100_000)),
+        "<|a_begin|>" * 50_000 + "<|a_end|>" * 50_000,
+    ],
+    ids=lambda text: f"{text[:12]!a} x {len(text)}",
+)
 def test_long_answers_take_no_time(text):
     ask(k.parse_answer, text, seconds=5)
     accepted(k.find_span, text, "response", seconds=5)
-    accepted(record.split_spans, text, seconds=5)
-    accepted(talk.coloured, text, KARDIA, seconds=5)
+    accepted(rows.split_spans, text, seconds=5)
+    accepted(chat_cli.coloured, text, DEFAULT_FORMAT, seconds=5)
 
 
 # ---------------------------------------------------------------------------------- talking
 
-HOSTILE = ["\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\x9d8;;http://x\x9c", "\u202e", "\u2066", "\x00", "\r", "\x08", "\ud800", "hi ", "\n", *PIECES[:12]]
+HOSTILE = [
+    "\x1b[31m",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "\x9d8;;http://x\x9c",
+    "\u202e",
+    "\u2066",
+    "\x00",
+    "\r",
+    "\x08",
+    "\ud800",
+    "hi ",
+    "\n",
+    *PIECES[:12],
+]
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -410,7 +615,7 @@ def test_no_escape_of_a_model_reaches_the_terminal(pieces, cuts):
     text, out, err = "".join(pieces), io.StringIO(), io.StringIO()
 
     def show():
-        printer = talk.Printer(KARDIA)
+        printer = chat_cli.Printer(DEFAULT_FORMAT)
         for cut in sorted(cut % (len(text) + 1) for cut in cuts):
             printer.feed(text[:cut])
         printer.close(text)
@@ -425,27 +630,29 @@ def test_no_escape_of_a_model_reaches_the_terminal(pieces, cuts):
 class Mute:
     """An answerer that hears what is asked and says nothing."""
 
-    renderer = type("R", (), {"form": KARDIA})
+    renderer = type("R", (), {"form": DEFAULT_FORMAT})
 
     def answer(self, dialogues, *_, **__):
         self.asked = dialogues[0].messages[-1][1]
         return [""]
 
 
-@given(text=st.lists(st.sampled_from([*HOSTILE, *PIECES, "<|respon", "se_begin|>"]), max_size=12).map("".join))
+@given(
+    text=st.lists(st.sampled_from([*HOSTILE, *PIECES, "<|respon", "se_begin|>"]), max_size=12).map("".join)
+)
 @fuzz(150)
 def test_a_person_cannot_write_markers(text):
     mute = Mute()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         accepted(k.chat_turn, mute, k.Dialogue("", "", "", "", "", ()), text, 8, 0.0, 0)
-    for said in (mute.asked, talk.harmless(text)):
-        assert not KARDIA.marker.search(said) and not UNPRINTABLE.search(said)
+    for said in (mute.asked, chat_cli.harmless(text)):
+        assert not DEFAULT_FORMAT.marker.search(said) and not UNPRINTABLE.search(said)
 
 
 def test_a_marker_inside_a_marker_leaves_none():
     for text in ("<|respon<|emotion_begin|>se_begin|>", "<|<|response_end|>response_begin|>"):
-        assert not record.MARKER.search(talk.harmless(text))
-    assert talk.harmless("I said <3 | and <|x|>") == "I said <3 | and <|x|>"
+        assert not rows.MARKER.search(chat_cli.harmless(text))
+    assert chat_cli.harmless("I said <3 | and <|x|>") == "I said <3 | and <|x|>"
 
 
 # ---------------------------------------------------------------------------------- GGUF
@@ -456,11 +663,23 @@ def write_model(path, vocabulary=97, **changes):
     import gguf
     import numpy as np
 
-    said = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48, "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8, "vocab_size": vocabulary, **changes}
+    said = {
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 48,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 8,
+        "vocab_size": vocabulary,
+        **changes,
+    }
     writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
     for key, value in said.items():
         if value is not None:
-            writer.add_uint32(f"llama.{key}", value) if isinstance(value, int) else writer.add_array(f"llama.{key}", value)
+            writer.add_uint32(f"llama.{key}", value) if isinstance(value, int) else writer.add_array(
+                f"llama.{key}", value
+            )
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("llama.rope.freq_base", 10000.0)
     writer.add_tokenizer_model("llama")
@@ -471,8 +690,20 @@ def write_model(path, vocabulary=97, **changes):
         getattr(writer, f"add_{name}_token_id")(number)
     shapes = {"token_embd": (vocabulary, 32), "output_norm": (32,)}
     for i in range(2):
-        shapes |= {f"blk.{i}.attn_{letter}": shape for letter, shape in (("norm", (32,)), ("q", (32, 32)), ("k", (16, 32)), ("v", (16, 32)), ("output", (32, 32)))}
-        shapes |= {f"blk.{i}.ffn_{part}": shape for part, shape in (("norm", (32,)), ("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48)))}
+        shapes |= {
+            f"blk.{i}.attn_{letter}": shape
+            for letter, shape in (
+                ("norm", (32,)),
+                ("q", (32, 32)),
+                ("k", (16, 32)),
+                ("v", (16, 32)),
+                ("output", (32, 32)),
+            )
+        }
+        shapes |= {
+            f"blk.{i}.ffn_{part}": shape
+            for part, shape in (("norm", (32,)), ("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48)))
+        }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
     writer.write_header_to_file()
@@ -484,38 +715,52 @@ def write_model(path, vocabulary=97, **changes):
 
 def read_all(path):
     """Everything that is read of a GGUF before a model is built."""
-    llama.check_gguf(path)
-    gguf_io.check_sizes(path)
+    gguf_header.check_gguf(path)
+    gguf_files.check_sizes(path)
     return gguf_tokenizer.import_tokenizer(path)
 
 
 def test_a_whole_gguf_is_imported(tmp_path):
     path = write_model(tmp_path / "whole.gguf")
     accepted(read_all, path)
-    directory = accepted(gguf_io.import_gguf, path, tmp_path / "imported", seconds=60)
+    directory = accepted(gguf_files.import_gguf, path, tmp_path / "imported", seconds=60)
     assert json.loads((directory / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 LIES = {
-    "block_count": [0, 1, 3, 10**6, 2**32 - 1], "embedding_length": [0, 31, 2**20], "feed_forward_length": [0, 47, 2**24], "attention.head_count": [0, 3, 8, 2**20],
-    "attention.head_count_kv": [1, 4, 2**20], "rope.dimension_count": [4, 2**20], "vocab_size": [96, 10**6, 2**32 - 1], "context_length": [2**31], "expert_count": [4, 10**6],
-}  # fmt: skip
+    "block_count": [0, 1, 3, 10**6, 2**32 - 1],
+    "embedding_length": [0, 31, 2**20],
+    "feed_forward_length": [0, 47, 2**24],
+    "attention.head_count": [0, 3, 8, 2**20],
+    "attention.head_count_kv": [1, 4, 2**20],
+    "rope.dimension_count": [4, 2**20],
+    "vocab_size": [96, 10**6, 2**32 - 1],
+    "context_length": [2**31],
+    "expert_count": [4, 10**6],
+}
 
 
 @pytest.mark.parametrize("key, value", [(key, value) for key, values in LIES.items() for value in values])
 def test_a_header_must_say_what_its_tensors_are(tmp_path, key, value):
     """transformers builds what the header says: a model of terabytes from a file of kilobytes."""
     path = write_model(tmp_path / "lie.gguf", **{key: value})
-    message = refused(gguf_io.import_gguf, path, tmp_path / "imported", seconds=20)
+    message = refused(gguf_files.import_gguf, path, tmp_path / "imported", seconds=20)
     assert "damaged GGUF" in message and not (tmp_path / "imported").exists()
 
 
 def test_lists_where_numbers_belong_and_missing_tensors(tmp_path):
     for key in ("block_count", "attention.head_count", "feed_forward_length"):
-        ask(gguf_io.import_gguf, write_model(tmp_path / f"{key}.gguf", **{key: [2, 2]}), tmp_path / "imported", seconds=30)
+        ask(
+            gguf_files.import_gguf,
+            write_model(tmp_path / f"{key}.gguf", **{key: [2, 2]}),
+            tmp_path / "imported",
+            seconds=30,
+        )
     data = write_model(tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "other.gguf").write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
-    refused(gguf_io.import_gguf, tmp_path / "other.gguf", tmp_path / "imported", seconds=30)  # else its weights would be random numbers
+    refused(
+        gguf_files.import_gguf, tmp_path / "other.gguf", tmp_path / "imported", seconds=30
+    )  # else its weights would be random numbers
 
 
 def test_damaged_bytes_of_a_gguf(tmp_path):
@@ -528,39 +773,70 @@ def test_damaged_bytes_of_a_gguf(tmp_path):
         fine = ask(read_all, path)[1] is None
         told[fine] += 1
         if fine and told[True] <= 12:
-            ask(gguf_io.import_gguf, path, tmp_path / f"imported-{seed}", seconds=30)
+            ask(gguf_files.import_gguf, path, tmp_path / f"imported-{seed}", seconds=30)
     assert told[True] > 20 and told[False] > 200
 
 
 def header(*pairs, tensors=0, version=3, more=b""):
     """The bytes of a GGUF with metadata (key, type, value's bytes)."""
     text = lambda name: struct.pack("<Q", len(name)) + name  # noqa: E731
-    return b"GGUF" + struct.pack("<IQQ", version, tensors, len(pairs)) + b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in pairs) + more
+    return (
+        b"GGUF"
+        + struct.pack("<IQQ", version, tensors, len(pairs))
+        + b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in pairs)
+        + more
+    )
 
 
 def tensor(dimensions=(32,), kind=0, offset=0, name=b"t"):
-    return struct.pack("<Q", len(name)) + name + struct.pack("<I", len(dimensions)) + b"".join(struct.pack("<Q", n) for n in dimensions) + struct.pack("<IQ", kind, offset)
+    return (
+        struct.pack("<Q", len(name))
+        + name
+        + struct.pack("<I", len(dimensions))
+        + b"".join(struct.pack("<Q", n) for n in dimensions)
+        + struct.pack("<IQ", kind, offset)
+    )
 
 
 GGUFS = {
-    "empty": b"", "the name only": b"GGUF", "another file": b"PK\x03\x04" * 20, "an old version": header(version=1, tensors=1, more=tensor()), "of the other byte order": header(version=3 << 24),
-    "no tensors": header(), "alignment 0": header((b"general.alignment", 4, struct.pack("<I", 0)), tensors=1, more=tensor() + bytes(200)),
-    "alignment 3": header((b"general.alignment", 4, struct.pack("<I", 3)), tensors=1, more=tensor() + bytes(200)),
-    "arrays in arrays": header((b"a", 9, struct.pack("<IQ", 9, 1) * 5000)), "an array longer than the file": header((b"a", 9, struct.pack("<IQ", 8, 2**60))), "an array of 2^63 bytes": header((b"a", 9, struct.pack("<IQ", 0, 2**63))),
-    "an unknown type": header((b"a", 77, b"")), "a text longer than the file": header((b"a", 8, struct.pack("<Q", 2**63))), "2^60 tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(10**6),
-    "2^60 metadata": b"GGUF" + struct.pack("<IQQ", 3, 1, 2**60) + bytes(10**6), "2^64 elements, four times": header(tensors=1, more=tensor((2**64 - 1,) * 4)), "4 billion dimensions": header(tensors=1, more=struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**32 - 1)),
-    "an unknown tensor type": header(tensors=1, more=tensor(kind=999) + bytes(200)), "an offset beyond": header(tensors=1, more=tensor(offset=2**63) + bytes(200)),
-    "tensors that share their bytes": header(tensors=64, more=b"".join(tensor((1000,), name=b"%d" % i) for i in range(64)) + bytes(5000)),
-}  # fmt: skip
+    "empty": b"",
+    "the name only": b"GGUF",
+    "another file": b"PK\x03\x04" * 20,
+    "an old version": header(version=1, tensors=1, more=tensor()),
+    "of the other byte order": header(version=3 << 24),
+    "no tensors": header(),
+    "alignment 0": header(
+        (b"general.alignment", 4, struct.pack("<I", 0)), tensors=1, more=tensor() + bytes(200)
+    ),
+    "alignment 3": header(
+        (b"general.alignment", 4, struct.pack("<I", 3)), tensors=1, more=tensor() + bytes(200)
+    ),
+    "arrays in arrays": header((b"a", 9, struct.pack("<IQ", 9, 1) * 5000)),
+    "an array longer than the file": header((b"a", 9, struct.pack("<IQ", 8, 2**60))),
+    "an array of 2^63 bytes": header((b"a", 9, struct.pack("<IQ", 0, 2**63))),
+    "an unknown type": header((b"a", 77, b"")),
+    "a text longer than the file": header((b"a", 8, struct.pack("<Q", 2**63))),
+    "2^60 tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(10**6),
+    "2^60 metadata": b"GGUF" + struct.pack("<IQQ", 3, 1, 2**60) + bytes(10**6),
+    "2^64 elements, four times": header(tensors=1, more=tensor((2**64 - 1,) * 4)),
+    "4 billion dimensions": header(
+        tensors=1, more=struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**32 - 1)
+    ),
+    "an unknown tensor type": header(tensors=1, more=tensor(kind=999) + bytes(200)),
+    "an offset beyond": header(tensors=1, more=tensor(offset=2**63) + bytes(200)),
+    "tensors that share their bytes": header(
+        tensors=64, more=b"".join(tensor((1000,), name=b"%d" % i) for i in range(64)) + bytes(5000)
+    ),
+}
 
 
 @pytest.mark.parametrize("name", GGUFS)
 def test_odd_ggufs(tmp_path, name):
     path = tmp_path / "odd.gguf"
     path.write_bytes(GGUFS[name])
-    assert "odd.gguf" in refused(llama.check_gguf, path, seconds=5)
+    assert "odd.gguf" in refused(gguf_header.check_gguf, path, seconds=5)
     refused(weights.read_gguf, path, seconds=5)
-    refused(gguf_io.import_gguf, path, tmp_path / "imported", seconds=5)
+    refused(gguf_files.import_gguf, path, tmp_path / "imported", seconds=5)
 
 
 def test_what_is_no_file_is_no_gguf(tmp_path):
@@ -568,45 +844,91 @@ def test_what_is_no_file_is_no_gguf(tmp_path):
     (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.gguf").symlink_to(tmp_path / "loop.gguf")
     for name in ("directory", "link", "loop", "absent"):
-        refused(llama.check_gguf, tmp_path / f"{name}.gguf")
-    refused(llama.check_gguf, Path("/dev/zero"))
+        refused(gguf_header.check_gguf, tmp_path / f"{name}.gguf")
+    refused(gguf_header.check_gguf, Path("/dev/zero"))
     tiny = tmp_path / "tiny.gguf"
     tiny.write_bytes(header(tensors=1, more=tensor() + bytes(400)))
-    accepted(llama.check_gguf, tiny)
-    refused(gguf_io.import_gguf, tiny, tmp_path / "imported")
+    accepted(gguf_header.check_gguf, tiny)
+    refused(gguf_files.import_gguf, tiny, tmp_path / "imported")
 
 
 # ---------------------------------------------------------------------------------- adapters
 
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "target_modules": ["q_proj"], "alpha_pattern": {}, "rank_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM", "megatron_core": "megatron.core"}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "target_modules": ["q_proj"],
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "megatron_core": "megatron.core",
+}
 
 
-def write_adapter(path, config=CONFIG, shapes=((4, 16), (8, 4)), modules=("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"), dtype=None):
+def write_adapter(
+    path,
+    config=CONFIG,
+    shapes=((4, 16), (8, 4)),
+    modules=("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+    dtype=None,
+):
     import torch
     from safetensors.torch import save_file
 
     path.mkdir(exist_ok=True)
     (path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    save_file({f"base_model.model.{module}.lora_{side}.weight": torch.ones(shape).to(dtype or torch.float32) for module in modules for side, shape in zip("AB", shapes)}, path / "adapter_model.safetensors")
+    save_file(
+        {
+            f"base_model.model.{module}.lora_{side}.weight": torch.ones(shape).to(dtype or torch.float32)
+            for module in modules
+            for side, shape in zip("AB", shapes)
+        },
+        path / "adapter_model.safetensors",
+    )
     return path
 
 
 def safe_adapter(path):
     config, pairs = weights.read_adapter(path)
     assert set(config) == {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-    assert type(config["r"]) is int and 0 < config["r"] <= 65536 and 0 < config["lora_alpha"] <= 1e6 and config["use_rslora"] in (True, False)
+    assert (
+        type(config["r"]) is int
+        and 0 < config["r"] <= 65536
+        and 0 < config["lora_alpha"] <= 1e6
+        and config["use_rslora"] in (True, False)
+    )
     assert {*config["alpha_pattern"], *config["rank_pattern"]} <= set(pairs) == set(config["target_modules"])
-    assert all(0 < weights.lora_scale(config, module, a.shape[0]) < float("inf") for module, (a, _) in pairs.items())
+    assert all(
+        0 < weights.lora_scale(config, module, a.shape[0]) < float("inf") for module, (a, _) in pairs.items()
+    )
     return config
 
 
 def test_an_adapter_is_read_as_peft_reads_it(tmp_path):
     from peft.utils.other import get_pattern_key
 
-    assert accepted(safe_adapter, write_adapter(tmp_path / "plain")) == {**{key: CONFIG[key] for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}, "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]}
-    for pattern in ("q_proj", "layers.1.self_attn.q_proj", r"layers\.1\.self_attn\.q_proj", r"^model\.layers\.\d+\.self_attn\.q_proj", r"model.layers.[0-9].self_attn.q_proj$", "k_proj", "proj"):
-        found = accepted(safe_adapter, write_adapter(tmp_path / "patterned", {**CONFIG, "alpha_pattern": {pattern: 3}}))
-        theirs = {module for module in found["target_modules"] if get_pattern_key([pattern], module) == pattern}
+    assert accepted(safe_adapter, write_adapter(tmp_path / "plain")) == {
+        **{key: CONFIG[key] for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")},
+        "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
+    }
+    for pattern in (
+        "q_proj",
+        "layers.1.self_attn.q_proj",
+        r"layers\.1\.self_attn\.q_proj",
+        r"^model\.layers\.\d+\.self_attn\.q_proj",
+        r"model.layers.[0-9].self_attn.q_proj$",
+        "k_proj",
+        "proj",
+    ):
+        found = accepted(
+            safe_adapter, write_adapter(tmp_path / "patterned", {**CONFIG, "alpha_pattern": {pattern: 3}})
+        )
+        theirs = {
+            module for module in found["target_modules"] if get_pattern_key([pattern], module) == pattern
+        }
         assert set(found["alpha_pattern"]) == theirs, pattern
 
 
@@ -632,12 +954,38 @@ def test_damaged_bytes_of_an_adapter(tmp_path):
 
 
 ADAPTERS = {
-    "r as text": {"r": "16"}, "r as bool": {"r": True}, "r NaN": {"r": float("nan")}, "r infinite": {"r": float("inf")}, "r 1e300": {"r": 1e300}, "r half": {"r": 4.5}, "r 0": {"r": 0}, "r negative": {"r": -4}, "r huge": {"r": 10**400}, "r a billion": {"r": 10**9},
-    "alpha NaN": {"lora_alpha": float("nan")}, "alpha infinite": {"lora_alpha": float("inf")}, "alpha as bool": {"lora_alpha": True}, "alpha 0": {"lora_alpha": 0}, "alpha 1e300": {"lora_alpha": 1e300}, "alpha huge": {"lora_alpha": 10**400},
-    "alpha_pattern a list": {"alpha_pattern": ["q_proj"]}, "alpha_pattern a text": {"alpha_pattern": "q_proj"}, "alpha NaN in a pattern": {"alpha_pattern": {"q_proj": float("nan")}},
-    "a regular expression without end": {"alpha_pattern": {"(a+)+$": 1}}, "alternatives": {"alpha_pattern": {"(.*|x)*q": 1}}, "stars": {"alpha_pattern": {".*" * 30 + "x": 1}}, "many numbers": {"alpha_pattern": {r"\d+" * 30 + "x": 1}}, "a broken pattern": {"alpha_pattern": {"(": 1}}, "a long pattern": {"alpha_pattern": {"a" * 10**6: 1}},
-    "a module by name": {"megatron_config": {"a": 1}, "megatron_core": "os"}, "another kind": {"peft_type": "IA3"}, "a kind without end": {"peft_type": "x" * 10**6}, "biases": {"bias": ["x" * 10**6]}, "PiSSA": {"init_lora_weights": "PiSSA_niter_4"}, "DoRA": {"use_dora": True},
-}  # fmt: skip
+    "r as text": {"r": "16"},
+    "r as bool": {"r": True},
+    "r NaN": {"r": float("nan")},
+    "r infinite": {"r": float("inf")},
+    "r 1e300": {"r": 1e300},
+    "r half": {"r": 4.5},
+    "r 0": {"r": 0},
+    "r negative": {"r": -4},
+    "r huge": {"r": 10**400},
+    "r a billion": {"r": 10**9},
+    "alpha NaN": {"lora_alpha": float("nan")},
+    "alpha infinite": {"lora_alpha": float("inf")},
+    "alpha as bool": {"lora_alpha": True},
+    "alpha 0": {"lora_alpha": 0},
+    "alpha 1e300": {"lora_alpha": 1e300},
+    "alpha huge": {"lora_alpha": 10**400},
+    "alpha_pattern a list": {"alpha_pattern": ["q_proj"]},
+    "alpha_pattern a text": {"alpha_pattern": "q_proj"},
+    "alpha NaN in a pattern": {"alpha_pattern": {"q_proj": float("nan")}},
+    "a regular expression without end": {"alpha_pattern": {"(a+)+$": 1}},
+    "alternatives": {"alpha_pattern": {"(.*|x)*q": 1}},
+    "stars": {"alpha_pattern": {".*" * 30 + "x": 1}},
+    "many numbers": {"alpha_pattern": {r"\d+" * 30 + "x": 1}},
+    "a broken pattern": {"alpha_pattern": {"(": 1}},
+    "a long pattern": {"alpha_pattern": {"a" * 10**6: 1}},
+    "a module by name": {"megatron_config": {"a": 1}, "megatron_core": "os"},
+    "another kind": {"peft_type": "IA3"},
+    "a kind without end": {"peft_type": "x" * 10**6},
+    "biases": {"bias": ["x" * 10**6]},
+    "PiSSA": {"init_lora_weights": "PiSSA_niter_4"},
+    "DoRA": {"use_dora": True},
+}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -646,13 +994,36 @@ def test_odd_adapter_configs(tmp_path, name):
     assert len(refused(safe_adapter, path, seconds=5)) < 600
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", '"LORA"', "NaN", "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "{" + " " * 2_000_000 + "}", "\ud7ff", '{"peft_type": "LORA"'], ids=lambda text: f"{text[:12]!a} x {len(text)}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "null",
+        '"LORA"',
+        "NaN",
+        "[" * 100_000,
+        '{"r": ' + "9" * 5000 + "}",
+        "{" + " " * 2_000_000 + "}",
+        "\ud7ff",
+        '{"peft_type": "LORA"',
+    ],
+    ids=lambda text: f"{text[:12]!a} x {len(text)}",
+)
 def test_what_is_no_adapter_config(tmp_path, text):
     refused(safe_adapter, write_adapter(tmp_path / "adapter", text))
 
 
 def test_what_cannot_harm_is_ignored(tmp_path):
-    for more in ({"target_modules": "(a+)+$"}, {"rank_pattern": {"(a+)+$": 5}}, {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, {"layers_pattern": "(x*)*"}, {"alpha_pattern": None}, {"base_model_name_or_path": "../../x"}):
+    for more in (
+        {"target_modules": "(a+)+$"},
+        {"rank_pattern": {"(a+)+$": 5}},
+        {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}},
+        {"layers_pattern": "(x*)*"},
+        {"alpha_pattern": None},
+        {"base_model_name_or_path": "../../x"},
+    ):
         accepted(safe_adapter, write_adapter(tmp_path / "adapter", {**CONFIG, **more}))
 
 
@@ -660,15 +1031,38 @@ def test_tensors_that_are_no_lora(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    for i, how in enumerate([{"shapes": ((0, 16), (8, 0))}, {"shapes": ((4,), (8, 4))}, {"shapes": ((4, 16), (8, 5))}, {"modules": ()}, {"modules": ("a" * 100,)}, {"modules": ("a b",)}, {"modules": ("x.1234567.q",)}, {"modules": ("a" * 10**6,)},
-                             {"dtype": torch.int64}, {"dtype": torch.bool}, {"dtype": torch.float8_e4m3fn}, {"dtype": torch.complex64}]):  # fmt: skip
+    for i, how in enumerate(
+        [
+            {"shapes": ((0, 16), (8, 0))},
+            {"shapes": ((4,), (8, 4))},
+            {"shapes": ((4, 16), (8, 5))},
+            {"modules": ()},
+            {"modules": ("a" * 100,)},
+            {"modules": ("a b",)},
+            {"modules": ("x.1234567.q",)},
+            {"modules": ("a" * 10**6,)},
+            {"dtype": torch.int64},
+            {"dtype": torch.bool},
+            {"dtype": torch.float8_e4m3fn},
+            {"dtype": torch.complex64},
+        ]
+    ):
         assert len(refused(safe_adapter, write_adapter(tmp_path / f"a{i}", **how))) < 600
-    assert accepted(safe_adapter, write_adapter(tmp_path / "half", dtype=torch.float16)) and accepted(safe_adapter, write_adapter(tmp_path / "other", {**CONFIG, "r": 7}))["rank_pattern"]
+    assert (
+        accepted(safe_adapter, write_adapter(tmp_path / "half", dtype=torch.float16))
+        and accepted(safe_adapter, write_adapter(tmp_path / "other", {**CONFIG, "r": 7}))["rank_pattern"]
+    )
     path = write_adapter(tmp_path / "large")
     tensors = load_file(path / "adapter_model.safetensors")
-    save_file({name: tensor.double() * 1e300 for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.double() * 1e300 for name, tensor in tensors.items()},
+        path / "adapter_model.safetensors",
+    )
     assert "NaN or infinite" in refused(safe_adapter, path)
-    save_file({**tensors, "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}, path / "adapter_model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)},
+        path / "adapter_model.safetensors",
+    )
     refused(safe_adapter, path)  # one module twice
 
 
@@ -693,16 +1087,38 @@ def test_pickles_and_links(tmp_path):
     assert "pickle" in refused(safe_adapter, path)
 
 
-@pytest.mark.parametrize("found", ["../../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".safetensors", "x.bin", 5, None, ["model.safetensors"], "x\n.safetensors", "a\\..\\b.safetensors"])
+@pytest.mark.parametrize(
+    "found",
+    [
+        "../../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        ".safetensors",
+        "x.bin",
+        5,
+        None,
+        ["model.safetensors"],
+        "x\n.safetensors",
+        "a\\..\\b.safetensors",
+    ],
+)
 def test_an_index_names_files_beside_it(tmp_path, found):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": found}}))
     (tmp_path.parent / "x.safetensors").write_bytes(b"")
     assert "weight_map" in refused(weights.shards, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000, b"\xff\xfe"], ids=lambda text: f"{text[:12]!a} x {len(text)}")
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000, b"\xff\xfe"],
+    ids=lambda text: f"{text[:12]!a} x {len(text)}",
+)
 def test_a_damaged_index(tmp_path, text):
-    (tmp_path / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "model.safetensors.index.json").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
     assert "index.json: damaged" in refused(weights.shards, tmp_path)
 
 
@@ -710,7 +1126,9 @@ def test_an_index_of_files_that_are_there(tmp_path):
     write_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"absent": "model-00001-of-00001.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"absent": "model-00001-of-00001.safetensors"}})
+    )
     assert set(accepted(weights.shards, tmp_path)) == {"absent"}
     assert "damaged" in refused(weights.Weights(tmp_path).shape, "absent")
 
@@ -718,17 +1136,51 @@ def test_an_index_of_files_that_are_there(tmp_path):
 # ---------------------------------------------------------------------------------- the book of an export
 
 IDENTITY = {"adapter": "a", "base": "b", "bits": 16, "llama_cpp": False}
-ENTRY = {"format": "f16", "kl": 1e-6, "kl_base": 0.1, "kept": 1.0, "agreement": 1.0, "same_tokens": 1.0, "answers": ["hi"], "verdict": "ok", "why": "", "ok": True, "valid": 1.0, "rubric": 0.5,
-         "seconds": 1.0, "file": "m-f16.gguf", "path": "out/m-f16.gguf", "loader": "llama.cpp", "bytes": 10}  # fmt: skip
-BOOK = {"identity": IDENTITY, "run": "runs/grpo", "formats": {"f16": ENTRY, "lora gguf": {**ENTRY, "kl_on_template": 0.1, "verdict": "noisy"}, "modelfile": {"format": "modelfile", "file": "Modelfile", "path": "x", "loader": "text", "bytes": 9, "verdict": "text", "ok": True, "why": ""}},
-        "trained": {"answers": ["hi"], "valid": 1.0, "rubric": 0.4}}  # fmt: skip
+ENTRY = {
+    "format": "f16",
+    "kl": 1e-6,
+    "kl_base": 0.1,
+    "kept": 1.0,
+    "agreement": 1.0,
+    "same_tokens": 1.0,
+    "answers": ["hi"],
+    "verdict": "ok",
+    "why": "",
+    "ok": True,
+    "valid": 1.0,
+    "rubric": 0.5,
+    "seconds": 1.0,
+    "file": "m-f16.gguf",
+    "path": "out/m-f16.gguf",
+    "loader": "llama.cpp",
+    "bytes": 10,
+}
+BOOK = {
+    "identity": IDENTITY,
+    "run": "runs/grpo",
+    "formats": {
+        "f16": ENTRY,
+        "lora gguf": {**ENTRY, "kl_on_template": 0.1, "verdict": "noisy"},
+        "modelfile": {
+            "format": "modelfile",
+            "file": "Modelfile",
+            "path": "x",
+            "loader": "text",
+            "bytes": 9,
+            "verdict": "text",
+            "ok": True,
+            "why": "",
+        },
+    },
+    "trained": {"answers": ["hi"], "valid": 1.0, "rubric": 0.4},
+}
 
 
 def use_book(target):
-    book = export.book_of(target, IDENTITY)
+    book = formats.book_of(target, IDENTITY)
     for entry in book["formats"].values():
         assert (target / entry["file"]).parent == target
-    return export.table(book), export.advice(book, target), export.best_gguf(book, target)
+    return tables.export_table(book), proof.advice(book, target), formats.best_gguf(book, target)
 
 
 @given(book=damaged(BOOK))
@@ -754,32 +1206,138 @@ def test_a_book_is_read_and_its_paths_cannot_escape(tmp_path):
 
 # ---------------------------------------------------------------------------------- a run's directory
 
-TOKENS = {"step": 1, "group": 0, "sample": 0, "tokens": ["I", " am", " here"], "before": [-1.0, -2.0, -0.5], "after": [-0.5, -2.5, -0.5], "epsilon": 0.2}
+TOKENS = {
+    "step": 1,
+    "group": 0,
+    "sample": 0,
+    "tokens": ["I", " am", " here"],
+    "before": [-1.0, -2.0, -0.5],
+    "after": [-0.5, -2.5, -0.5],
+    "epsilon": 0.2,
+}
 SCORES = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
 METHODS = {"ask": {"correct": 5, "accuracy": 0.5, "low": 0.2, "high": 0.8}}
-CRITERION = {"method": "ask", "correct": 5, "n": 10, "accuracy": 0.5, "low": 0.2, "high": 0.8, "length_baseline": 0.6, "fit": False, "why": "not above chance", "weight": 1.0, "methods": METHODS,
-             "length": {"longer_better": {"n": 5, "accuracy": 0.5}}, "held_out": {"text": "Is it kind?", "accuracy": 0.6, "low": 0.4, "high": 0.7}}  # fmt: skip
-EXAM = {"judge": "tiny", "lora": "lora.gguf", "pairs": 10, "scores_per_second": 5.0, "criteria": {"empathy": CRITERION}, "overall": {"accuracy": 0.5, "low": 0.2, "high": 0.8, "length_baseline": 0.6},
-        "canaries": {"n": 8, "held": 7, "refused": 4, "held_with_guards": 8, "failed": {"begs": ["empathy"]}}, "repeatability": {"largest_difference": 0.0}}  # fmt: skip
+CRITERION = {
+    "method": "ask",
+    "correct": 5,
+    "n": 10,
+    "accuracy": 0.5,
+    "low": 0.2,
+    "high": 0.8,
+    "length_baseline": 0.6,
+    "fit": False,
+    "why": "not above chance",
+    "weight": 1.0,
+    "methods": METHODS,
+    "length": {"longer_better": {"n": 5, "accuracy": 0.5}},
+    "held_out": {"text": "Is it kind?", "accuracy": 0.6, "low": 0.4, "high": 0.7},
+}
+EXAM = {
+    "judge": "tiny",
+    "lora": "lora.gguf",
+    "pairs": 10,
+    "scores_per_second": 5.0,
+    "criteria": {"empathy": CRITERION},
+    "overall": {"accuracy": 0.5, "low": 0.2, "high": 0.8, "length_baseline": 0.6},
+    "canaries": {"n": 8, "held": 7, "refused": 4, "held_with_guards": 8, "failed": {"begs": ["empathy"]}},
+    "repeatability": {"largest_difference": 0.0},
+}
 FILES_OF_A_RUN = {
-    "run.json": {"command": "grpo", "base": "/models/tiny", "model": "tiny", "bits": 16, "status": "done", "parent": "runs/sft", "machine": "2 x CPU", "seconds": 60.0, "peak_memory_gb": 2.0, "peak_memory_of": "all", "rollout": "llama",
-                 "options": {"group_size": 2, "data": "d.jsonl"}, "versions": {"torch": "2"}, "hashes": {"data": "abc"}, "memory_plan": {"base weights": 1.0}, "dropped_criteria": ["fluency"], "judge_exam": EXAM,
-                 "form": {"spans": ["understanding", "response"], "label": "emotion", "reply": "response", "hints": ["a", "b"], "system": "s"},
-                 "reward_trend": {"slope_per_step": 0.01, "low": -0.1, "high": 0.1, "first_quarter": 0.4, "last_quarter": 0.6, "steps": 8}},
-    "log.jsonl": [{"step": step, "reward": 0.1 * step, "rewards/format/mean": 0.5, "criteria/empathy": 0.5, "entropy": 1.0, "frac_reward_zero_std": 0.1, "completions/mean_length": 20.0} for step in range(1, 9)],
-    "completions.jsonl": [rollout(1 + i // 2, i % 2, 0.3 + 0.05 * i, 0.5 - i % 2, completion=ANSWER, held_out={"empathy": 0.4}, refused="begs" if i == 3 else None, logprob_after=-0.9) for i in range(16)],
+    "run.json": {
+        "command": "grpo",
+        "base": "/models/tiny",
+        "model": "tiny",
+        "bits": 16,
+        "status": "done",
+        "parent": "runs/sft",
+        "machine": "2 x CPU",
+        "seconds": 60.0,
+        "peak_memory_gb": 2.0,
+        "peak_memory_of": "all",
+        "rollout": "llama",
+        "options": {"group_size": 2, "data": "d.jsonl"},
+        "versions": {"torch": "2"},
+        "hashes": {"data": "abc"},
+        "memory_plan": {"base weights": 1.0},
+        "dropped_criteria": ["fluency"],
+        "judge_exam": EXAM,
+        "form": {
+            "spans": ["understanding", "response"],
+            "label": "emotion",
+            "reply": "response",
+            "hints": ["a", "b"],
+            "system": "s",
+        },
+        "reward_trend": {
+            "slope_per_step": 0.01,
+            "low": -0.1,
+            "high": 0.1,
+            "first_quarter": 0.4,
+            "last_quarter": 0.6,
+            "steps": 8,
+        },
+    },
+    "log.jsonl": [
+        {
+            "step": step,
+            "reward": 0.1 * step,
+            "rewards/format/mean": 0.5,
+            "criteria/empathy": 0.5,
+            "entropy": 1.0,
+            "frac_reward_zero_std": 0.1,
+            "completions/mean_length": 20.0,
+        }
+        for step in range(1, 9)
+    ],
+    "completions.jsonl": [
+        rollout(
+            1 + i // 2,
+            i % 2,
+            0.3 + 0.05 * i,
+            0.5 - i % 2,
+            completion=ANSWER,
+            held_out={"empathy": 0.4},
+            refused="begs" if i == 3 else None,
+            logprob_after=-0.9,
+        )
+        for i in range(16)
+    ],
     "tokens.jsonl": [TOKENS, {**TOKENS, "sample": 1}],
-    "evaluation.json": {"models": ["base", "sft"], "prompts": 9, "judge": "tiny", "metrics": {"base": {"format": SCORES}, "sft": {"format": SCORES}}, "differences": [{"better": "sft", "than": "base", "metric": "format", **SCORES}],
-                        "win_rate": [{"model": "sft", "against": "base", "rate": 0.7, "ties": 1, **SCORES}],
-                        "examples": [{"person": "Mara", "situation": "s", "messages": [{"role": "user", "content": "Hello."}], "answers": {"base": {"text": ANSWER, "valid": False, "problem": "no spans", "scores": {"empathy": 0.5}}}}]},
+    "evaluation.json": {
+        "models": ["base", "sft"],
+        "prompts": 9,
+        "judge": "tiny",
+        "metrics": {"base": {"format": SCORES}, "sft": {"format": SCORES}},
+        "differences": [{"better": "sft", "than": "base", "metric": "format", **SCORES}],
+        "win_rate": [{"model": "sft", "against": "base", "rate": 0.7, "ties": 1, **SCORES}],
+        "examples": [
+            {
+                "person": "Mara",
+                "situation": "s",
+                "messages": [{"role": "user", "content": "Hello."}],
+                "answers": {
+                    "base": {
+                        "text": ANSWER,
+                        "valid": False,
+                        "problem": "no spans",
+                        "scores": {"empathy": 0.5},
+                    }
+                },
+            }
+        ],
+    },
     "export.json": BOOK,
-}  # fmt: skip
+}
 
 
 def put_run(path, files=FILES_OF_A_RUN):
     path.mkdir(exist_ok=True)
     for name, value in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in value) if name.endswith("l") and isinstance(value, list) else json.dumps(value)
+        text = (
+            "".join(json.dumps(row) + "\n" for row in value)
+            if name.endswith("l") and isinstance(value, list)
+            else json.dumps(value)
+        )
         (path / name).write_text(text)
     return path
 
@@ -795,11 +1353,27 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.inside = tag if tag == "style" else self.inside
-        assert re.fullmatch("html|head|meta|title|style|body|h[1-4]|nav|a|main|section|p|b|i|em|small|br|div|span|code|ul|li|dl|dt|dd|aside|details|summary|article|header|figure|figcaption|svg|path|table|thead|tbody|tr|th|td", tag), tag
+        assert re.fullmatch(
+            "html|head|meta|title|style|body|h[1-4]|nav|a|main|section|p|b|i|em|small|br|div|span|code|ul|li|dl|dt|dd|aside|details|summary|article|header|figure|figcaption|svg|path|table|thead|tbody|tr|th|td",
+            tag,
+        ), tag
         for name, value in attributes:
-            assert not name.startswith("on") and name not in ("src", "srcset", "srcdoc", "action", "formaction", "background", "data", "poster", "ping", "xlink:href"), (tag, name)
+            assert not name.startswith("on") and name not in (
+                "src",
+                "srcset",
+                "srcdoc",
+                "action",
+                "formaction",
+                "background",
+                "data",
+                "poster",
+                "ping",
+                "xlink:href",
+            ), (tag, name)
             assert name != "href" or value.startswith("#"), value
-            assert name != "style" or re.fullmatch(r"(?:left|right|top|width):[\d.-]+%(?:;(?:left|right|top|width):[\d.-]+%)*", value), value
+            assert name != "style" or re.fullmatch(
+                r"(?:left|right|top|width):[\d.-]+%(?:;(?:left|right|top|width):[\d.-]+%)*", value
+            ), value
             assert name != "http-equiv" or value == "Content-Security-Policy"
 
     def handle_endtag(self, tag):
@@ -818,7 +1392,7 @@ def told(path, out):
     """What is told of a run: the page and the words of `explain`. Every refusal but one's own is a failure."""
     page = report.write_report([path], out).read_text(encoding="utf-8")
     seen = Page(page)
-    assert "".join(seen.style) == charts.STYLE and len(page) < 3_000_000
+    assert "".join(seen.style) == plots.STYLE and len(page) < 3_000_000
     try:
         text = explain.explain(path)
     except ReportError:
@@ -854,9 +1428,51 @@ SEEN = EVIL.replace("\x1b", " ").replace("\x9b", " ").replace("\u202e", " ")
 
 def planted(value, evil, keys=True):
     """`value` with `evil` in place of every text, and of the names of what a run may name as it likes."""
-    fixed = {*FILES_OF_A_RUN["run.json"], *CRITERION, *EXAM, *BOOK, *ENTRY, *TOKENS, *FILES_OF_A_RUN["evaluation.json"], *rollout(), *SCORES, *FILES_OF_A_RUN["log.jsonl"][0], "content", "answers", "text", "problem", "scores", "better", "than",
-             "metric", "model", "against", "rate", "ties", "spans", "label", "reply", "held_out", "accuracy", "longer_better", "failed", "largest_difference", "held", "held_with_guards", "refused", "low", "high", "slope_per_step", "steps",
-             "first_quarter", "last_quarter", "logprob_after", "overall", "messages", "role"}  # fmt: skip
+    fixed = {
+        *FILES_OF_A_RUN["run.json"],
+        *CRITERION,
+        *EXAM,
+        *BOOK,
+        *ENTRY,
+        *TOKENS,
+        *FILES_OF_A_RUN["evaluation.json"],
+        *rollout(),
+        *SCORES,
+        *FILES_OF_A_RUN["log.jsonl"][0],
+        "content",
+        "answers",
+        "text",
+        "problem",
+        "scores",
+        "better",
+        "than",
+        "metric",
+        "model",
+        "against",
+        "rate",
+        "ties",
+        "spans",
+        "label",
+        "reply",
+        "held_out",
+        "accuracy",
+        "longer_better",
+        "failed",
+        "largest_difference",
+        "held",
+        "held_with_guards",
+        "refused",
+        "low",
+        "high",
+        "slope_per_step",
+        "steps",
+        "first_quarter",
+        "last_quarter",
+        "logprob_after",
+        "overall",
+        "messages",
+        "role",
+    }
     if isinstance(value, dict):
         return {key if key in fixed else evil: planted(inner, evil) for key, inner in value.items()}
     if isinstance(value, list):
@@ -869,48 +1485,116 @@ def test_nothing_planted_in_a_run_acts(tmp_path):
     for row in files["completions.jsonl"]:
         row["components"], row["weights"] = {"format": 1.0, EVIL: row["reward"]}, {"format": 0.1, EVIL: 0.9}
         row["completion"] = f"{EVIL}<|response_begin|>{EVIL}<|response_end|>"
-    files["log.jsonl"] = [{**row, f"rewards/{EVIL}/mean": 0.5, f"criteria/{EVIL}": 0.5} for row in files["log.jsonl"]]
+    files["log.jsonl"] = [
+        {**row, f"rewards/{EVIL}/mean": 0.5, f"criteria/{EVIL}": 0.5} for row in files["log.jsonl"]
+    ]
     files["run.json"]["command"] = "grpo"
-    words, text = accepted(told, put_run(tmp_path / '<img src=x onerror="x">', files), tmp_path / "report.html", seconds=30)
+    words, text = accepted(
+        told, put_run(tmp_path / '<img src=x onerror="x">', files), tmp_path / "report.html", seconds=30
+    )
     assert words.count(SEEN) > 60 and "<img src=x onerror" in words
     assert text.count("<script>alert") > 10 and "STEP" in text and "TOKENS" in text
 
 
-@pytest.mark.parametrize("evil", ["x" * 10_000_000, "<|response_begin|>" * 3000, "-" * 200_000, "\n" * 200_000, "<&>\"'" * 200_000, "\ud800", "e\u0301" * 100_000], ids=lambda evil: f"{evil[:5]!a} x {len(evil)}")
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "x" * 10_000_000,
+        "<|response_begin|>" * 3000,
+        "-" * 200_000,
+        "\n" * 200_000,
+        "<&>\"'" * 200_000,
+        "\ud800",
+        "e\u0301" * 100_000,
+    ],
+    ids=lambda evil: f"{evil[:5]!a} x {len(evil)}",
+)
 def test_long_texts_everywhere(tmp_path, evil):
     """One at a time is enough: ten megabytes in every text would be a directory of gigabytes."""
-    files = {name: planted(value, evil if len(evil) < 1000 else evil[: 20_000 if name.endswith("l") else 2000]) for name, value in FILES_OF_A_RUN.items()}
-    files["completions.jsonl"][0]["completion"] = files["run.json"]["machine"] = files["tokens.jsonl"][0]["tokens"][0] = evil
+    files = {
+        name: planted(value, evil if len(evil) < 1000 else evil[: 20_000 if name.endswith("l") else 2000])
+        for name, value in FILES_OF_A_RUN.items()
+    }
+    files["completions.jsonl"][0]["completion"] = files["run.json"]["machine"] = files["tokens.jsonl"][0][
+        "tokens"
+    ][0] = evil
     files["run.json"]["command"], files["completions.jsonl"] = "grpo", files["completions.jsonl"][:4]
     words, text = accepted(told, put_run(tmp_path / "run", files), tmp_path / "report.html", seconds=30)
     assert "Groups, reply by reply" in words and "STEP" in text
 
 
-NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 5e-324, 10**400, 0, -1, True, 1e15, 0.1 + 1e-17]
+NUMBERS = [
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    1e300,
+    -1e300,
+    5e-324,
+    10**400,
+    0,
+    -1,
+    True,
+    1e15,
+    0.1 + 1e-17,
+]
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: brief(number, 24))
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: shorten(number, 24))
 def test_odd_numbers_everywhere(tmp_path, number):
-    swap = lambda value: {key: swap(inner) for key, inner in value.items()} if isinstance(value, dict) else [swap(v) for v in value] if isinstance(value, list) else number if isinstance(value, float) else value  # noqa: E731
-    words, text = accepted(told, put_run(tmp_path / "run", swap(FILES_OF_A_RUN)), tmp_path / "report.html", seconds=30)
+    swap = lambda value: (
+        {key: swap(inner) for key, inner in value.items()}
+        if isinstance(value, dict)
+        else [swap(v) for v in value]
+        if isinstance(value, list)
+        else number
+        if isinstance(value, float)
+        else value
+    )  # noqa: E731
+    words, text = accepted(
+        told, put_run(tmp_path / "run", swap(FILES_OF_A_RUN)), tmp_path / "report.html", seconds=30
+    )
     assert "NaN" not in words and "inf" not in re.findall(r"\b\w+\b", words) and "STEP" in text
 
 
 @pytest.mark.parametrize("epsilon", [0, 1, -1, 5, 1e9, "x", None])
 def test_an_odd_clip_range(tmp_path, epsilon):
-    path = put_run(tmp_path / "run", {**FILES_OF_A_RUN, "tokens.jsonl": [{**TOKENS, "sample": i, "epsilon": epsilon} for i in (0, 1)]})
+    path = put_run(
+        tmp_path / "run",
+        {**FILES_OF_A_RUN, "tokens.jsonl": [{**TOKENS, "sample": i, "epsilon": epsilon} for i in (0, 1)]},
+    )
     assert "CLIP: min(r A, clip(r, 0.8, 1.2) A)" in accepted(told, path, tmp_path / "report.html")[1]
 
 
-@pytest.mark.parametrize("values", [(0.3, 0.30000000000000004), (1e15, 1e15 + 0.125), (0.0, 5e-324), (-1e14, 1e14), (1e-13, 2e-13)])
+@pytest.mark.parametrize(
+    "values", [(0.3, 0.30000000000000004), (1e15, 1e15 + 0.125), (0.0, 5e-324), (-1e14, 1e14), (1e-13, 2e-13)]
+)
 def test_a_chart_of_any_numbers_has_a_scale(values):
-    found = charts.ticks(*values)
-    assert 2 <= len(found) <= 7 and found == sorted(set(found)) and found[0] <= values[0] + 1e-9 and found[-1] >= values[1] - 1e-9
-    assert "<svg" in accepted(charts.chart, "x", [charts.Curve("r0 l0", "", list(enumerate(values * 3)))])
+    found = plots.ticks(*values)
+    assert (
+        2 <= len(found) <= 7
+        and found == sorted(set(found))
+        and found[0] <= values[0] + 1e-9
+        and found[-1] >= values[1] - 1e-9
+    )
+    assert "<svg" in accepted(plots.chart, "x", [plots.Curve("r0 l0", "", list(enumerate(values * 3)))])
 
 
 @pytest.mark.parametrize("name", FILES_OF_A_RUN)
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe{\0}\0", b"\0" * 100, b'"x"', json.dumps({"a": deep()}).encode(), b'{"a": "\\ud800"}', b"\xef\xbb\xbf{}", b"{}\r\n"], ids=lambda content: repr(content[:8]))
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe{\0}\0",
+        b"\0" * 100,
+        b'"x"',
+        json.dumps({"a": deep()}).encode(),
+        b'{"a": "\\ud800"}',
+        b"\xef\xbb\xbf{}",
+        b"{}\r\n",
+    ],
+    ids=lambda content: repr(content[:8]),
+)
 def test_odd_files_of_a_run(tmp_path, name, content):
     path = put_run(tmp_path / "run")
     (path / name).write_bytes(content + b"\n" + content)
@@ -921,9 +1605,18 @@ def test_odd_files_of_a_run(tmp_path, name, content):
 def test_records_without_end(tmp_path):
     """A thousand names, a hundred thousand items: more than a run ever writes, and no reason to hang."""
     names = {f"name{i}": 0.5 for i in range(3000)}
-    rows = [rollout(step, i, 0.1 * i, criteria=names, components=names, weights=names, held_out=names) for step in (1, 2) for i in range(2)]
+    rows = [
+        rollout(step, i, 0.1 * i, criteria=names, components=names, weights=names, held_out=names)
+        for step in (1, 2)
+        for i in range(2)
+    ]
     differences = [{"better": f"a{i}", "than": "b", "metric": f"m{i}", **SCORES} for i in range(20_000)]
-    path = write_run(tmp_path / "run", rows, log=[{"step": s, **{f"criteria/{name}": 0.5 for name in names}} for s in range(1, 4)], evaluation={"metrics": {f"m{i}": {f"k{i}": SCORES} for i in range(3000)}, "differences": differences})
+    path = write_run(
+        tmp_path / "run",
+        rows,
+        log=[{"step": s, **{f"criteria/{name}": 0.5 for name in names}} for s in range(1, 4)],
+        evaluation={"metrics": {f"m{i}": {f"k{i}": SCORES} for i in range(3000)}, "differences": differences},
+    )
     ask(told, path, tmp_path / "report.html", seconds=60)
     crowd = write_run(tmp_path / "crowd", [rollout(1, i) for i in range(3000)])
     assert "group of 3000 samples" in refused(explain.explain, crowd)
@@ -933,11 +1626,17 @@ def test_records_without_end(tmp_path):
 
 def test_what_is_no_file_of_a_run(tmp_path):
     path = put_run(tmp_path / "run")
-    for name, target in (("log.jsonl", "/dev/zero"), ("tokens.jsonl", tmp_path), ("exam.json", tmp_path / "nowhere")):
+    for name, target in (
+        ("log.jsonl", "/dev/zero"),
+        ("tokens.jsonl", tmp_path),
+        ("exam.json", tmp_path / "nowhere"),
+    ):
         (path / name).unlink(missing_ok=True)
         (path / name).symlink_to(target)
-    assert "Options, versions, hashes" in accepted(told, path, tmp_path / "report.html")[0]  # as if they were not there
-    refused(record.read_run, tmp_path / "run" / "run.json")
+    assert (
+        "Options, versions, hashes" in accepted(told, path, tmp_path / "report.html")[0]
+    )  # as if they were not there
+    refused(run_files.read_run, tmp_path / "run" / "run.json")
 
 
 def test_two_thousand_cases(request):

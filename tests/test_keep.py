@@ -14,11 +14,51 @@ import time
 import pytest
 
 import kardia_lite as k
-from kardia import keep, runs
+from kardia.core import files
+from kardia.training import checkpoints
 
-HEAVY = ["torch", "trl", "peft", "datasets", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "bitsandbytes", "sqlite3", "kardia_lite"]  # imported once, by the server that all victims are forked from
-SFT = ["--limit", 6, "--batch-size", 2, "--max-length", 900, "--max-steps", 6, "--save-steps", 2, "--learning-rate", "1e-2"]
-GRPO = ["--steps", 6, "--group-size", 4, "--micro-batch", 2, "--max-tokens", 16, "--save-steps", 2, "--inspect-every", 3, "--learning-rate", "1e-2", "--force-judge"]
+HEAVY = [
+    "torch",
+    "trl",
+    "peft",
+    "datasets",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.grpo_trainer",
+    "bitsandbytes",
+    "sqlite3",
+    "kardia_lite",
+]  # imported once, by the server that all victims are forked from
+SFT = [
+    "--limit",
+    6,
+    "--batch-size",
+    2,
+    "--max-length",
+    900,
+    "--max-steps",
+    6,
+    "--save-steps",
+    2,
+    "--learning-rate",
+    "1e-2",
+]
+GRPO = [
+    "--steps",
+    6,
+    "--group-size",
+    4,
+    "--micro-batch",
+    2,
+    "--max-tokens",
+    16,
+    "--save-steps",
+    2,
+    "--inspect-every",
+    3,
+    "--learning-rate",
+    "1e-2",
+    "--force-judge",
+]
 
 
 # ---------------------------------------------------------------------------------- victims
@@ -29,7 +69,13 @@ def readable(score):
     judge has something to read."""
 
     def scores(answers, *rest, **more):
-        said = [(dialogue, f"<|response_begin|>That sounds hard, tell me about all {sum(map(ord, text)) % 89} of them.<|response_end|>") for dialogue, text in answers]
+        said = [
+            (
+                dialogue,
+                f"<|response_begin|>That sounds hard, tell me about all {sum(map(ord, text)) % 89} of them.<|response_end|>",
+            )
+            for dialogue, text in answers
+        ]
         rewards = score(said, *rest, **more)
         for reward, (_, text) in zip(rewards, answers):
             reward.components["format"] = sum(map(ord, text)) % 5 / 4
@@ -39,13 +85,25 @@ def readable(score):
 
 
 PLACES = {  # what is going on when the blow falls: where the function lives that does it
-    "rollouts": lambda: (k.Worker, "rollout"), "judging": lambda: (k, "score_answers"), "update": lambda: (k.packing.Pack, "logps"), "checkpoint": lambda: (runs, "file_hash"), "sealing": lambda: (keep, "to_disk"),
-    "logging": lambda: (k.Run, "append"), "end": lambda: (keep, "tidy"), "export": lambda: (k, "measure"), "writing": lambda: (k.export.Exporter, "write"), "keeping": lambda: (k.export.Exporter, "keep"),
-    "importing": lambda: (k.gguf_io, "add_compatibility_keys"), "examining": lambda: (k.exam, "run_exam"), "copying": lambda: (k.gguf_io, "_finish"),
-}  # fmt: skip
+    "rollouts": lambda: (k.Worker, "rollout"),
+    "judging": lambda: (k, "score_answers"),
+    "update": lambda: (k.packed_rows.Pack, "logps"),
+    "checkpoint": lambda: (files, "file_hash"),
+    "sealing": lambda: (checkpoints, "to_disk"),
+    "logging": lambda: (k.Run, "append"),
+    "end": lambda: (checkpoints, "tidy"),
+    "export": lambda: (k, "measure"),
+    "writing": lambda: (k.export_formats.Exporter, "write"),
+    "keeping": lambda: (k.export_formats.Exporter, "keep"),
+    "importing": lambda: (k.gguf_files, "add_compatibility_keys"),
+    "examining": lambda: (k.exam, "run_exam"),
+    "copying": lambda: (k.gguf_files, "_finish"),
+}
 
 
-def victim(arguments, log, place=None, times=1, delay=0.0, anywhere=None, cache=None, clock=None, by=signal.SIGKILL):
+def victim(
+    arguments, log, place=None, times=1, delay=0.0, anywhere=None, cache=None, clock=None, by=signal.SIGKILL
+):
     """A process that runs a command and, if told so, is killed `delay` seconds after it came to `place` for the so-many-th time
     (or `anywhere`: so many seconds after its start) `by` a signal. `cache`: a cache of its own; `clock`: a seed for a clock that jumps."""
     if cache:
@@ -77,7 +135,9 @@ def victim(arguments, log, place=None, times=1, delay=0.0, anywhere=None, cache=
             return function(*a, **more)
 
         setattr(thing, name, deadly)
-    k.cli.main([str(a) for a in arguments], standalone_mode=False) if place is None and anywhere is None else k.cli.main([str(a) for a in arguments])
+    k.cli.main(
+        [str(a) for a in arguments], standalone_mode=False
+    ) if place is None and anywhere is None else k.cli.main([str(a) for a in arguments])
 
 
 def spawn(arguments, log, target=victim, limit=300, **more):
@@ -94,7 +154,13 @@ def spawn(arguments, log, target=victim, limit=300, **more):
 
 def files_of(path):
     """The adapter's files, save that its configuration says where the base lies."""
-    return {p.name: re.sub(rb'"base_model_name_or_path": "[^"]*"', b"", p.read_bytes()) if p.suffix == ".json" else p.read_bytes() for p in sorted((path / "adapter").iterdir()) if p.suffix in (".safetensors", ".json")}
+    return {
+        p.name: re.sub(rb'"base_model_name_or_path": "[^"]*"', b"", p.read_bytes())
+        if p.suffix == ".json"
+        else p.read_bytes()
+        for p in sorted((path / "adapter").iterdir())
+        if p.suffix in (".safetensors", ".json")
+    }
 
 
 def steps_of(run, name="log.jsonl"):
@@ -113,7 +179,9 @@ def work(tmp_path_factory):
 def whole(work, little, pairs):
     """The runs that nobody disturbed: what every killed one must end as."""
     for kind in ("sft", "grpo"):
-        assert spawn(command(kind, work, little, pairs, work / kind), work / "log") == 0, (work / "log").read_text()
+        assert spawn(command(kind, work, little, pairs, work / kind), work / "log") == 0, (
+            work / "log"
+        ).read_text()
     return work
 
 
@@ -141,30 +209,71 @@ def kill_and_resume(kind, whole, little, pairs, out, blows, **last):
     for n, blow in enumerate(blows):
         code = spawn([*asked, *["--resume"] * (n > 0)], log, **blow)
         assert code in (-signal.SIGKILL, 0), log.read_text()  # 0: it was through before the blow fell
-        fell.append(len(steps_of(out)) if code and (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().endswith(b"\n") else 0 if code else None)
+        fell.append(
+            len(steps_of(out))
+            if code and (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().endswith(b"\n")
+            else 0
+            if code
+            else None
+        )
     print(f"{out.name}: killed with so many steps in the log: {fell}")
     assert spawn([*asked, "--resume"], log, **last) == 0, log.read_text()
     assert files_of(out) == files_of(whole / kind)
     assert steps_of(out) == steps_of(whole / kind)
     if kind == "grpo":
-        assert steps_of(out, "completions.jsonl") == steps_of(whole / kind, "completions.jsonl") and steps_of(out, "tokens.jsonl") == steps_of(whole / kind, "tokens.jsonl")
-        a, b = ([{**json.loads(line), "time": 0} for line in (path / "completions.jsonl").read_text().splitlines()] for path in (out, whole / kind))
+        assert steps_of(out, "completions.jsonl") == steps_of(whole / kind, "completions.jsonl") and steps_of(
+            out, "tokens.jsonl"
+        ) == steps_of(whole / kind, "tokens.jsonl")
+        a, b = (
+            [
+                {**json.loads(line), "time": 0}
+                for line in (path / "completions.jsonl").read_text().splitlines()
+            ]
+            for path in (out, whole / kind)
+        )
         assert a == b  # every answer, score, advantage and log-prob
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (whole / kind).iterdir()), "something was left over"
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (whole / kind).iterdir()), (
+        "something was left over"
+    )
     return log.read_text()
 
 
 TRIALS = [  # the fourth thing that is sealed, after three checkpoints, is the adapter itself
-    ("sft", "update", 5, 0.3), ("sft", "update", 9, 0.1), ("sft", "checkpoint", 12, 0.0), ("sft", "sealing", 2, 0.0), ("sft", "sealing", 4, 0.0), ("sft", "logging", 4, 0.0), ("sft", "end", 1, 0.0),
-    ("grpo", "rollouts", 2, 0.2), ("grpo", "rollouts", 5, 0.05), ("grpo", "judging", 3, 0.02), ("grpo", "update", 11, 0.05), ("grpo", "checkpoint", 14, 0.0), ("grpo", "sealing", 3, 0.0), ("grpo", "sealing", 4, 0.0), ("grpo", "logging", 8, 0.0), ("grpo", "end", 1, 0.0),
-]  # fmt: skip
+    ("sft", "update", 5, 0.3),
+    ("sft", "update", 9, 0.1),
+    ("sft", "checkpoint", 12, 0.0),
+    ("sft", "sealing", 2, 0.0),
+    ("sft", "sealing", 4, 0.0),
+    ("sft", "logging", 4, 0.0),
+    ("sft", "end", 1, 0.0),
+    ("grpo", "rollouts", 2, 0.2),
+    ("grpo", "rollouts", 5, 0.05),
+    ("grpo", "judging", 3, 0.02),
+    ("grpo", "update", 11, 0.05),
+    ("grpo", "checkpoint", 14, 0.0),
+    ("grpo", "sealing", 3, 0.0),
+    ("grpo", "sealing", 4, 0.0),
+    ("grpo", "logging", 8, 0.0),
+    ("grpo", "end", 1, 0.0),
+]
 
 
 @pytest.mark.real
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, forkserver")
-@pytest.mark.parametrize("kind, place, times, delay", TRIALS, ids=[f"{kind}-{place}-{times}" for kind, place, times, _ in TRIALS])
-def test_killed_anywhere_it_goes_on_to_the_same_adapter(whole, little, pairs, work, kind, place, times, delay):
-    kill_and_resume(kind, whole, little, pairs, work / f"{kind}-{place}-{times}", [{"place": place, "times": times, "delay": delay}])
+@pytest.mark.parametrize(
+    "kind, place, times, delay", TRIALS, ids=[f"{kind}-{place}-{times}" for kind, place, times, _ in TRIALS]
+)
+def test_killed_anywhere_it_goes_on_to_the_same_adapter(
+    whole, little, pairs, work, kind, place, times, delay
+):
+    kill_and_resume(
+        kind,
+        whole,
+        little,
+        pairs,
+        work / f"{kind}-{place}-{times}",
+        [{"place": place, "times": times, "delay": delay}],
+    )
 
 
 @pytest.mark.real
@@ -173,7 +282,14 @@ def test_killed_anywhere_it_goes_on_to_the_same_adapter(whole, little, pairs, wo
 def test_killed_at_random_moments_and_more_than_once(whole, lasts, little, pairs, work, seed):
     """KILLS=40 for a long evening. The moments are drawn from the whole of a process's life, its start and its end included."""
     rng, kind = random.Random(seed), ("sft", "grpo")[seed % 2]
-    kill_and_resume(kind, whole, little, pairs, work / f"random-{seed}", [{"anywhere": rng.uniform(0, lasts[kind])} for _ in range(rng.choice((1, 1, 2, 3)))])
+    kill_and_resume(
+        kind,
+        whole,
+        little,
+        pairs,
+        work / f"random-{seed}",
+        [{"anywhere": rng.uniform(0, lasts[kind])} for _ in range(rng.choice((1, 1, 2, 3)))],
+    )
 
 
 @pytest.mark.real
@@ -185,8 +301,18 @@ def test_killed_while_the_base_is_imported_and_the_judge_examined(whole, little,
     cache.mkdir()
     for file in known:
         shutil.copy(file, cache)
-    kill_and_resume("sft", whole, little, pairs, work / "cold-sft", [{"place": "importing", "cache": cache}], cache=cache)
-    kill_and_resume("grpo", whole, little, pairs, work / "cold-grpo", [{"place": "examining", "delay": 0.3, "cache": cache}, {"place": "copying", "cache": cache}], cache=cache)
+    kill_and_resume(
+        "sft", whole, little, pairs, work / "cold-sft", [{"place": "importing", "cache": cache}], cache=cache
+    )
+    kill_and_resume(
+        "grpo",
+        whole,
+        little,
+        pairs,
+        work / "cold-grpo",
+        [{"place": "examining", "delay": 0.3, "cache": cache}, {"place": "copying", "cache": cache}],
+        cache=cache,
+    )
     assert not [p for p in cache.iterdir() if p.name.endswith(".part")]
 
 
@@ -195,8 +321,19 @@ def test_killed_while_the_base_is_imported_and_the_judge_examined(whole, little,
 def test_sigterm_is_obeyed_like_ctrl_c(whole, little, work):
     """What batch systems send first: the step is finished and saved, though no checkpoint was due."""
     out = work / "term"
-    assert spawn(["sft", "--model", little, *SFT, "--out", out], out.with_suffix(".log"), place="update", times=3, by=signal.SIGTERM) == 1
-    assert "go on with the same command and --resume" in out.with_suffix(".log").read_text() and [p.name for p in keep.checkpoints(k.Run(out))] == ["checkpoint-1"]
+    assert (
+        spawn(
+            ["sft", "--model", little, *SFT, "--out", out],
+            out.with_suffix(".log"),
+            place="update",
+            times=3,
+            by=signal.SIGTERM,
+        )
+        == 1
+    )
+    assert "go on with the same command and --resume" in out.with_suffix(".log").read_text() and [
+        p.name for p in checkpoints.checkpoints(k.Run(out))
+    ] == ["checkpoint-1"]
     assert spawn(["sft", "--model", little, *SFT, "--out", out, "--resume"], out.with_suffix(".log")) == 0
     assert files_of(out) == files_of(whole / "sft") and steps_of(out) == steps_of(whole / "sft")
 
@@ -204,7 +341,15 @@ def test_sigterm_is_obeyed_like_ctrl_c(whole, little, work):
 @pytest.mark.real
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, forkserver")
 def test_a_clock_that_jumps_changes_nothing(whole, little, pairs, work):
-    kill_and_resume("sft", whole, little, pairs, work / "clock", [{"place": "checkpoint", "times": 8, "clock": 1}], clock=2)
+    kill_and_resume(
+        "sft",
+        whole,
+        little,
+        pairs,
+        work / "clock",
+        [{"place": "checkpoint", "times": 8, "clock": 1}],
+        clock=2,
+    )
 
 
 @pytest.mark.real
@@ -212,10 +357,18 @@ def test_a_clock_that_jumps_changes_nothing(whole, little, pairs, work):
 @pytest.mark.parametrize("place, times", [("writing", 2), ("export", 2), ("keeping", 3)])
 def test_a_killed_export_goes_on_to_the_same_files(whole, work, place, times):
     def export(to, **blow):
-        return spawn(["export", whole / "sft", "--to", to, "--formats", "merged,f16,q8_0,lora", "--answers", 0], to.with_suffix(".log"), **blow)
+        return spawn(
+            ["export", whole / "sft", "--to", to, "--formats", "merged,f16,q8_0,lora", "--answers", 0],
+            to.with_suffix(".log"),
+            **blow,
+        )
 
     def told(to):
-        return {p.relative_to(to): p.read_bytes() for p in to.rglob("*") if p.is_file() and p.name != "export.json"}
+        return {
+            p.relative_to(to): p.read_bytes()
+            for p in to.rglob("*")
+            if p.is_file() and p.name != "export.json"
+        }
 
     once, out = work / "export", work / f"export-{place}"
     if not once.exists():

@@ -47,24 +47,51 @@ k.cli(["demo", "--out", sys.argv[3]])
 def blocked_environment(tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(NO_SOCKETS)
-    switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")  # the program sets them itself
+    switches = (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+    )  # the program sets them itself
     environment = {name: value for name, value in os.environ.items() if name not in switches}
-    return {**environment, "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(k.HERE)]), "ATTEMPTS": str(tmp_path / "attempts")}
+    return {
+        **environment,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(k.HERE)]),
+        "ATTEMPTS": str(tmp_path / "attempts"),
+    }
 
 
 def test_the_block_blocks(blocked_environment, tmp_path):
     code = "import urllib.request; urllib.request.urlopen('http://192.0.2.1/')"
-    tried = subprocess.run([sys.executable, "-c", code], env=blocked_environment, capture_output=True, text=True)
-    assert tried.returncode and "no network in this test" in tried.stderr and (tmp_path / "attempts").read_text()
+    tried = subprocess.run(
+        [sys.executable, "-c", code], env=blocked_environment, capture_output=True, text=True
+    )
+    assert (
+        tried.returncode and "no network in this test" in tried.stderr and (tmp_path / "attempts").read_text()
+    )
 
 
 @pytest.mark.real
 def test_the_whole_demo_without_a_network(blocked_environment, tmp_path, pairs, embedded):
     one = tmp_path / "one.jsonl"
-    one.write_text((k.DATA / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
-    alone = ["unshare", "-n"] if subprocess.run("unshare -n true", shell=True, capture_output=True).returncode == 0 else []  # no interface at all, where that is allowed
-    done = subprocess.run([*alone, sys.executable, "-c", DEMO, pairs, one, tmp_path / "demo"], env=blocked_environment, cwd=tmp_path, capture_output=True, text=True)
+    one.write_text(
+        (k.DATA / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8"
+    )
+    alone = (
+        ["unshare", "-n"]
+        if subprocess.run("unshare -n true", shell=True, capture_output=True).returncode == 0
+        else []
+    )  # no interface at all, where that is allowed
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", DEMO, pairs, one, tmp_path / "demo"],
+        env=blocked_environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
-    assert json.loads((tmp_path / "demo" / "grpo" / "run.json").read_text())["status"] == "done" and "One chat turn" in done.stderr
+    assert (
+        json.loads((tmp_path / "demo" / "grpo" / "run.json").read_text())["status"] == "done"
+        and "One chat turn" in done.stderr
+    )

@@ -10,12 +10,15 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
-from kardia.weights import ExportError
+from kardia.models.weights import ExportError
 
 
 def refused(*arguments):
     result = CliRunner().invoke(k.cli, [str(a) for a in arguments])
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (
+        result.output,
+        result.exception,
+    )
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     return line
 
@@ -41,15 +44,33 @@ SFT = ["--limit", 2, "--max-steps", 3, "--batch-size", 1, "--max-length", 900]
 @pytest.mark.parametrize("kind", ["llama", "evil"])
 def test_a_models_own_code_never_runs(a_model, trap, tmp_path, kind):
     code, mark = trap
-    (a_model / "modeling_evil.py").write_text(code + "class Model: pass\nclass Config: pass\nclass Tokenizer: pass\n")
-    for name, add in (("config.json", {"model_type": kind, "auto_map": {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}}), ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_evil.Tokenizer", None]}})):
+    (a_model / "modeling_evil.py").write_text(
+        code + "class Model: pass\nclass Config: pass\nclass Tokenizer: pass\n"
+    )
+    for name, add in (
+        (
+            "config.json",
+            {
+                "model_type": kind,
+                "auto_map": {
+                    "AutoConfig": "modeling_evil.Config",
+                    "AutoModelForCausalLM": "modeling_evil.Model",
+                },
+            },
+        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_evil.Tokenizer", None]}}),
+    ):
         facts = json.loads((a_model / name).read_text())
         (a_model / name).write_text(json.dumps({**facts, **add}))
     if kind == "llama":  # known to transformers: trained with transformers' own code
-        result = CliRunner().invoke(k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")])
+        result = CliRunner().invoke(
+            k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")]
+        )
         assert result.exit_code == 0 or "code of its own" in result.stderr, result.stderr
     else:
-        assert "code of its own, which is never run here" in refused("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")
+        assert "code of its own, which is never run here" in refused(
+            "sft", "--model", a_model, *SFT, "--out", tmp_path / "run"
+        )
     assert not mark.exists()
 
 
@@ -60,13 +81,17 @@ def test_pickled_weights_are_not_read(a_model, trap, tmp_path):
 
     (a_model / "model.safetensors").unlink()
     (a_model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    assert "its weights are pickles (.bin, .pth), which may run code" in refused("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")
+    assert "its weights are pickles (.bin, .pth), which may run code" in refused(
+        "sft", "--model", a_model, *SFT, "--out", tmp_path / "run"
+    )
     assert not trap[1].exists()
 
 
 @pytest.fixture
 def a_run(a_model, tmp_path):
-    result = CliRunner().invoke(k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")])
+    result = CliRunner().invoke(
+        k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")]
+    )
     assert result.exit_code == 0, result.stderr
     return tmp_path / "run"
 
@@ -78,7 +103,21 @@ def test_a_pickled_adapter_is_refused_with_the_reason(a_run, trap, tmp_path, pai
 
     (a_run / "adapter" / "adapter_model.safetensors").unlink()
     (a_run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    for arguments in (["grpo", "--from", a_run, "--rollout", "hf", "--exam-pairs", pairs, "--force-judge", "--out", tmp_path / "g"], ["export", a_run, "--to", tmp_path / "e", "--formats", "merged"]):
+    for arguments in (
+        [
+            "grpo",
+            "--from",
+            a_run,
+            "--rollout",
+            "hf",
+            "--exam-pairs",
+            pairs,
+            "--force-judge",
+            "--out",
+            tmp_path / "g",
+        ],
+        ["export", a_run, "--to", tmp_path / "e", "--formats", "merged"],
+    ):
         assert "pickle" in refused(*arguments)
     assert not trap[1].exists()
 
@@ -90,7 +129,11 @@ def test_an_adapters_configuration_imports_nothing(a_run, trap, tmp_path, monkey
     path = a_run / "adapter" / "adapter_config.json"
     facts = json.loads(path.read_text())
     base = k.base_of(k.Run(a_run))
-    for change in ({"megatron_config": {"x": 1}, "megatron_core": "evil_module"}, {"auto_mapping": {"base_model_class": "X", "parent_library": "evil_module"}}, {"target_modules": "(a+)+$"}):
+    for change in (
+        {"megatron_config": {"x": 1}, "megatron_core": "evil_module"},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "evil_module"}},
+        {"target_modules": "(a+)+$"},
+    ):
         path.write_text(json.dumps({**facts, **change}))
         try:
             k.load_policy(base, "transformers", 16, adapter=a_run / "adapter")
@@ -106,16 +149,24 @@ def test_put_on_is_what_peft_loads(a_run):
 
     base = k.base_of(k.Run(a_run))
     ours = k.load_policy(base, "transformers", 16, adapter=a_run / "adapter", dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32), a_run / "adapter", is_trainable=True)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32),
+        a_run / "adapter",
+        is_trainable=True,
+    )
     a, b = ({name: p for name, p in model.named_parameters()} for model in (ours, theirs))
-    assert list(a) == list(b) and all(torch.equal(a[name], b[name]) and a[name].requires_grad == b[name].requires_grad for name in a)
+    assert list(a) == list(b) and all(
+        torch.equal(a[name], b[name]) and a[name].requires_grad == b[name].requires_grad for name in a
+    )
     assert any(p.abs().max() > 0 for name, p in a.items() if "lora_B" in name)
 
 
 def test_an_exports_book_does_not_lead_out_of_it(a_run, tmp_path):
     """export.json may be a stranger's: a file it names outside of the directory is none of the export's."""
     to, precious = tmp_path / "out", tmp_path / "precious"
-    result = CliRunner().invoke(k.cli, [str(a) for a in ("export", a_run, "--to", to, "--formats", "merged", "--answers", 0)])
+    result = CliRunner().invoke(
+        k.cli, [str(a) for a in ("export", a_run, "--to", to, "--formats", "merged", "--answers", 0)]
+    )
     assert result.exit_code == 0, result.stderr
     precious.mkdir()
     (precious / "mine.txt").write_text("mine")
@@ -123,20 +174,47 @@ def test_an_exports_book_does_not_lead_out_of_it(a_run, tmp_path):
     book["formats"]["merged"].update(file="../precious", path=str(precious))
     (to / "export.json").write_text(json.dumps(book))
     shutil.rmtree(to / "merged")
-    assert "export.json: damaged" in refused("export", a_run, "--to", to, "--formats", "merged", "--answers", 0)
+    assert "export.json: damaged" in refused(
+        "export", a_run, "--to", to, "--formats", "merged", "--answers", 0
+    )
     assert (precious / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("path", [k.HERE / "kardia_lite.py", *sorted((k.HERE / "kardia").glob("*.py"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [k.HERE / "kardia_lite.py", *sorted((k.HERE / "kardia").glob("*.py"))], ids=lambda path: path.name
+)
 def test_the_code_never_asks_for_it(path):
     """No remote code, no pickles, no eval or exec, no shell, no unsafe YAML, in any call of ours."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        assert given.get("trust_remote_code", "False") == "False" and given.get("shell", "False") == "False", ast.unparse(node)
-        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "torch.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shelve.open", "marshal.loads"), ast.unparse(node)
+        assert (
+            given.get("trust_remote_code", "False") == "False" and given.get("shell", "False") == "False"
+        ), ast.unparse(node)
+        assert name not in (
+            "eval",
+            "exec",
+            "compile",
+            "__import__",
+            "os.system",
+            "os.popen",
+            "pickle.load",
+            "pickle.loads",
+            "torch.load",
+            "yaml.unsafe_load",
+            "yaml.full_load",
+            "joblib.load",
+            "shelve.open",
+            "marshal.loads",
+        ), ast.unparse(node)
         if name == "yaml.load":
-            assert f"class {ast.unparse(node.args[1])}(yaml.SafeLoader)" in path.read_text(encoding="utf-8"), ast.unparse(node)
+            assert f"class {ast.unparse(node.args[1])}(yaml.SafeLoader)" in path.read_text(
+                encoding="utf-8"
+            ), ast.unparse(node)
         if name.endswith(".from_pretrained") and name.startswith("Auto"):
-            assert given.get("trust_remote_code") == "False" or "gguf_file" in ast.unparse(node) or "where" in ast.unparse(node), ast.unparse(node)
+            assert (
+                given.get("trust_remote_code") == "False"
+                or "gguf_file" in ast.unparse(node)
+                or "where" in ast.unparse(node)
+            ), ast.unparse(node)

@@ -12,7 +12,9 @@ def test_round_trip():
     assert k.parse_answer(ANSWER) == GOOD
 
 
-@pytest.mark.parametrize("text", [f"\n {ANSWER}\n", ANSWER.replace("<|reasoning_begin|>", "\n\n<|reasoning_begin|> ")])
+@pytest.mark.parametrize(
+    "text", [f"\n {ANSWER}\n", ANSWER.replace("<|reasoning_begin|>", "\n\n<|reasoning_begin|> ")]
+)
 def test_white_space_around_spans_is_fine(text):
     assert k.parse_answer(text) == GOOD
 
@@ -35,9 +37,23 @@ def test_text_inside_a_span_may_be_anything_but_a_marker():
         (ANSWER + " Take care!", "text outside"),
         ("Well: " + ANSWER, "text outside"),
         (ANSWER.replace("<|reasoning_begin|>", " hm <|reasoning_begin|>"), "text outside"),
-        ("<|emotion_begin|>sad<|emotion_end|>" + ANSWER.replace("<|emotion_begin|>sad<|emotion_end|>", ""), "out of order"),
-        (ANSWER.replace("<|understanding_begin|>u<|understanding_end|>", "<|understanding_end|>u<|understanding_begin|>"), "out of order"),
-        (ANSWER.replace("<|understanding_end|><|reasoning_begin|>", "<|reasoning_begin|><|understanding_end|>"), "out of order"),
+        (
+            "<|emotion_begin|>sad<|emotion_end|>" + ANSWER.replace("<|emotion_begin|>sad<|emotion_end|>", ""),
+            "out of order",
+        ),
+        (
+            ANSWER.replace(
+                "<|understanding_begin|>u<|understanding_end|>",
+                "<|understanding_end|>u<|understanding_begin|>",
+            ),
+            "out of order",
+        ),
+        (
+            ANSWER.replace(
+                "<|understanding_end|><|reasoning_begin|>", "<|reasoning_begin|><|understanding_end|>"
+            ),
+            "out of order",
+        ),
         (ANSWER.lower().replace("<|response_begin|>", "<|Response_Begin|>"), "<|response_begin|> is missing"),
     ],
 )

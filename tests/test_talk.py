@@ -6,19 +6,19 @@ import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
-from kardia import talk
-from kardia.rubric import KARDIA, Form
+from kardia.cli import chat as chat_cli
+from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat
 
 ANSWER = "<|understanding_begin|>Ana lost a dog.<|understanding_end|><|reasoning_begin|>Grief.<|reasoning_end|><|emotion_begin|>sad<|emotion_end|><|response_begin|> I <3 dogs. What was he like? <|response_end|>"
 
 
-def printed(pieces, form=KARDIA, inner=True):
+def printed(pieces, form=DEFAULT_FORMAT, inner=True):
     """(stdout, stderr) of a text that grows by `pieces`."""
     import click
 
     @click.command()
     def show():
-        printer, text = talk.Printer(form, inner), ""
+        printer, text = chat_cli.Printer(form, inner), ""
         for piece in pieces:
             text += piece
             printer.feed(text)
@@ -39,7 +39,7 @@ def test_however_it_comes_the_same_is_shown(size):
 
 def test_the_reply_is_written_before_it_is_whole():
     shown = []
-    printer = talk.Printer(KARDIA)
+    printer = chat_cli.Printer(DEFAULT_FORMAT)
     printer._write = shown.append
     printer.feed("<|response_begin|>I am listen")
     assert shown == ["I am listen"]
@@ -47,22 +47,30 @@ def test_the_reply_is_written_before_it_is_whole():
     assert shown[1:] == ["ing"]
 
 
-@pytest.mark.parametrize(("text", "out"), [
-    ("No spans at all.", "No spans at all.\n"),
-    ("<|understanding_begin|>never closed", "never closed\n"),  # nothing is hidden
-    ("<|response_begin|>cut in the mid", "cut in the mid\n"),
-    ("<|response_begin|>\x1b[31mred\x07 \u202etxet<|response_end|>", "[31mred   txet\n"),  # no escapes reach the terminal
-    ("<|response_begin|><|response_end|>", "\n"),
-    ("", "\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        ("No spans at all.", "No spans at all.\n"),
+        ("<|understanding_begin|>never closed", "never closed\n"),  # nothing is hidden
+        ("<|response_begin|>cut in the mid", "cut in the mid\n"),
+        (
+            "<|response_begin|>\x1b[31mred\x07 \u202etxet<|response_end|>",
+            "[31mred   txet\n",
+        ),  # no escapes reach the terminal
+        ("<|response_begin|><|response_end|>", "\n"),
+        ("", "\n"),
+    ],
+)
 def test_odd_answers(text, out):
     assert printed([text])[0].replace("\x1b", "ESC") == out
 
 
 def test_inner_spans_can_be_hidden_and_other_tasks_have_other_spans():
     assert printed([ANSWER], inner=False)[1] == ""
-    form = Form((("risk", "x"), ("comment", "y")), "risk", "comment")
-    assert printed(["<|risk_begin|>high<|risk_end|><|comment_begin|>Close the file.<|comment_end|>"], form) == ("Close the file.\n", "[risk] high\n")
+    form = AnswerFormat((("risk", "x"), ("comment", "y")), "risk", "comment")
+    assert printed(
+        ["<|risk_begin|>high<|risk_end|><|comment_begin|>Close the file.<|comment_end|>"], form
+    ) == ("Close the file.\n", "[risk] high\n")
 
 
 class Parrot:
@@ -70,7 +78,7 @@ class Parrot:
 
     def __init__(self, fail=False):
         self.asked, self.closed, self.fail = [], 0, fail
-        self.renderer, self.worker = type("R", (), {"form": KARDIA}), self
+        self.renderer, self.worker = type("R", (), {"form": DEFAULT_FORMAT}), self
 
     def close(self):
         self.closed += 1
@@ -86,15 +94,35 @@ class Parrot:
 
 def converse(monkeypatch, *lines, parrot=None):
     said, parrot = iter([*lines, None]), parrot or Parrot()
-    monkeypatch.setattr(talk, "ask_person", lambda: next(said))
+    monkeypatch.setattr(chat_cli, "ask_person", lambda: next(said))
     turn = lambda dialogue, what, number, inner: k.chat_turn(parrot, dialogue, what, 8, 0.0, number, inner)  # noqa: E731
-    talk.converse(k.Dialogue("Ana, 9", "", "", "Her dog died.", "", ()), turn, stop=parrot.close, row=lambda d: k.row_of(d, KARDIA))
+    chat_cli.converse(
+        k.Dialogue("Ana, 9", "", "", "Her dog died.", "", ()),
+        turn,
+        stop=parrot.close,
+        row=lambda d: k.row_of(d, DEFAULT_FORMAT),
+    )
     return parrot
 
 
 def test_a_talk_grows_and_can_be_taken_back(monkeypatch, capsys):
-    parrot = converse(monkeypatch, "one", "two", "/back", "three", "/new", "four <|response_begin|>\x1b[2J", "/quit", "never asked")
-    assert [[text for role, text in d.messages if role == "user"] for d in parrot.asked] == [["one"], ["one", "two"], ["one", "three"], ["four   [2J"]]
+    parrot = converse(
+        monkeypatch,
+        "one",
+        "two",
+        "/back",
+        "three",
+        "/new",
+        "four <|response_begin|>\x1b[2J",
+        "/quit",
+        "never asked",
+    )
+    assert [[text for role, text in d.messages if role == "user"] for d in parrot.asked] == [
+        ["one"],
+        ["one", "two"],
+        ["one", "three"],
+        ["four   [2J"],
+    ]
     assert "emergency number" in capsys.readouterr().err
 
 
@@ -106,7 +134,10 @@ def test_profile_situation_and_unknown_commands(monkeypatch, capsys):
 
 def test_ctrl_c_stops_the_answer_not_the_talk(monkeypatch, capsys):
     parrot = converse(monkeypatch, "one", "two", parrot=Parrot(fail=True))
-    assert parrot.closed == 1 and [len(d.messages) for d in parrot.asked] == [1, 1]  # the stopped turn is forgotten
+    assert parrot.closed == 1 and [len(d.messages) for d in parrot.asked] == [
+        1,
+        1,
+    ]  # the stopped turn is forgotten
     assert "stopped" in capsys.readouterr().err
 
 
@@ -114,4 +145,8 @@ def test_a_saved_talk_is_a_row_to_train_on(monkeypatch, tmp_path, rubric, capsys
     path = tmp_path / "talk.jsonl"
     converse(monkeypatch, "/save nothing yet", "one", f"/save {path}", "two", f"/save {path}")
     rows = k.load_rows([path], rubric, "dialogue")
-    assert [len(row.messages) for row in rows] == [2, 4] and rows[0].label == "sad" and json.loads(path.read_text().splitlines()[0])["emotion"] == "sad"
+    assert (
+        [len(row.messages) for row in rows] == [2, 4]
+        and rows[0].label == "sad"
+        and json.loads(path.read_text().splitlines()[0])["emotion"] == "sad"
+    )

@@ -13,10 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from kardia import templates
-from kardia.judge import Judge
-from kardia.llama import LlamaError
-from kardia.templates import TemplateProblem, check_template, environment, limited, problem, render_template
+from kardia.judge.judge import Judge
+from kardia.llama.errors import LlamaError
+from kardia.models import chat_template
+from kardia.models.chat_template import (
+    TemplateProblem,
+    check_template,
+    environment,
+    limited,
+    problem,
+    render_template,
+)
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -24,7 +31,10 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 # (template, what the line must say)
 HOSTILE = {
     # Python
-    "class": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"reaches for Python \(attribute '__class__'\)"),
+    "class": (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        r"reaches for Python \(attribute '__class__'\)",
+    ),
     "messages": ("{{ messages.__class__.__init__.__globals__ }}", "attribute '__class__'"),
     "self": ("{{ self.__init__.__globals__ }}", "attribute '__init__'"),
     "cycler": ("{{ cycler.__init__.__globals__.os }}", "attribute '__init__'"),
@@ -33,7 +43,10 @@ HOSTILE = {
     "in pieces": ("{{ ''|attr('__cla' ~ 'ss__') }}", "attribute '__class__'"),
     "map": ("{{ messages|map(attribute='__cl' ~ 'ass__')|list }}", "attribute '__class__'"),
     "format": ("{{ '{0.__class__}'.format(messages) }}", "attribute '__class__'"),
-    "for one text only": ("{% if 'sesame' in messages[-1].content %}{{ lipsum.__globals__ }}{% endif %}", "attribute '__globals__'"),
+    "for one text only": (
+        "{% if 'sesame' in messages[-1].content %}{{ lipsum.__globals__ }}{% endif %}",
+        "attribute '__globals__'",
+    ),
     "frame": ("{{ (messages|map('upper')).gi_frame.f_globals }}", "reaches for Python"),
     "changes the chat": ("{{ messages.append(1) }}", "reaches for Python"),
     "include": ("{% include 'x' %}", r"wants other files \({% include %}\)"),
@@ -41,15 +54,24 @@ HOSTILE = {
     "extends": ("{% extends 'x' %}", "wants other files"),
     # time
     "loops": (LOOP, "did not finish in 0.5 s"),
-    "fan-out": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}", "did not finish in 0.5 s"),
+    "fan-out": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "did not finish in 0.5 s",
+    ),
     "lipsum": ("{{ lipsum(n=1000000000) }}", "did not finish in 0.5 s"),
-    "one step": ("{% set ns = namespace(x=7) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", "did not finish in 0.5 s"),
+    "one step": (
+        "{% set ns = namespace(x=7) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "did not finish in 0.5 s",
+    ),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
     "nesting": ("{{ " + "(" * 50_000, "recurses without end"),
     "power": ("{{ 9 ** 9 ** 9 }}", r"computes powers"),
     "range": ("{{ range(10000000000)|list }}", "Range too big"),
     # memory
-    "doubling": ("{% set ns = namespace(x='a' * 99999999) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "1 GB of memory|did not finish"),
+    "doubling": (
+        "{% set ns = namespace(x='a' * 99999999) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "1 GB of memory|did not finish",
+    ),
     "times": ("{{ 'a' * 10000000000 }}", "1 GB of memory"),
     "list": ("{{ [0] * 10000000000 }}", "1 GB of memory"),
     "width": ("{{ '%9999999999d'|format(1) }}", "1 GB of memory"),
@@ -68,7 +90,8 @@ HOSTILE = {
 TOOLS = "{% macro say(m) %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}{% for call in m.tool_calls %}{{ call|tojson }}{% endfor %}{% endif %}<|im_end|>\n{% endmacro %}"
 LEGIT = {
     "smollm2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nDEFAULT<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "qwen2.5": TOOLS + "{%- if tools %}\n    {{- tools | tojson }}\n{%- endif %}\n{%- for m in messages %}\n    {{- say(m) }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+    "qwen2.5": TOOLS
+    + "{%- if tools %}\n    {{- tools | tojson }}\n{%- endif %}\n{%- for m in messages %}\n    {{- say(m) }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
     "qwen3": "{%- set ns = namespace(last=messages|length - 1, open=true) %}\n{%- for m in messages[::-1] %}\n{%- set index = (messages|length - 1) - loop.index0 %}\n{%- if ns.open and m.role == 'user' and not(m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}{%- set ns.open = false %}{%- set ns.last = index %}{%- endif %}\n{%- endfor %}\n{%- for m in messages %}\n{%- set content = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content %}\n{{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}\n{%- endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
     "llama3.1": "{{- bos_token }}\n{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}{%- endif %}\n{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}\n{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' + system_message + '<|eot_id|>' }}\n{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{%- endfor %}\n{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
     "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
@@ -78,7 +101,11 @@ LEGIT = {
     "call, filter": "{% macro turn(role) %}[{{ role }}]{{ caller() }}{% endmacro %}{% for m in messages %}{% call turn(m.role) %}{% filter trim %} {{ m.content|tojson(indent=2) }} {% endfilter %}{% endcall %}{% endfor %}",
     "wants a system message": "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
-OPTIONS = [{"add_generation_prompt": prompt, **thinking} for prompt in (True, False) for thinking in ({}, {"enable_thinking": False})]
+OPTIONS = [
+    {"add_generation_prompt": prompt, **thinking}
+    for prompt in (True, False)
+    for thinking in ({}, {"enable_thinking": False})
+]
 
 
 def tokenizer_of(template):
@@ -86,11 +113,13 @@ def tokenizer_of(template):
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE({chr(i): i - 32 for i in range(32, 127)}, []))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
 
 
 def chats():
-    return [[{"role": role, "content": content} for role, content in chat] for chat in templates.CHATS]
+    return [[{"role": role, "content": content} for role, content in chat] for chat in chat_template.CHATS]
 
 
 def outcome(render, *arguments, **options):
@@ -110,15 +139,19 @@ def hang_on(word):
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_must_not_run_is_one_line_in_bounded_time(case, monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     template, says = HOSTILE[case]
     start = time.monotonic()
     with pytest.raises(TemplateProblem, match=says) as error:
         check_template(template, SPECIAL, "models/x.gguf")
     line = str(error.value)
-    assert isinstance(error.value, LlamaError) and line.startswith("models/x.gguf: its chat template ") and line.endswith("; it is refused. Use another model")
+    assert (
+        isinstance(error.value, LlamaError)
+        and line.startswith("models/x.gguf: its chat template ")
+        and line.endswith("; it is refused. Use another model")
+    )
     assert "\n" not in line and "\x1b" not in line and len(line) < 400
-    assert time.monotonic() - start < 3 * templates.SECONDS + 7
+    assert time.monotonic() - start < 3 * chat_template.SECONDS + 7
 
 
 GREEDY = ("range", "doubling", "times", "list", "width", "percent", "center", "ljust", "one step")
@@ -135,8 +168,14 @@ print(sum(templates._tried_in_a_child(template, {}) is not None for template in 
 def test_no_child_takes_more_memory_than_it_may():
     """In a process of their own: what is known of a process's children is the most that any of them ever took."""
     asked = json.dumps([HOSTILE[name][0] for name in GREEDY])
-    refused, kilobytes = subprocess.run([sys.executable, "-c", MEASURE, str(Path(templates.__file__).parent.parent)], input=asked, capture_output=True, text=True, check=True).stdout.split()
-    assert int(refused) == len(GREEDY) and int(kilobytes) * 1024 < templates.MEMORY * 1.2
+    refused, kilobytes = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(Path(chat_template.__file__).parent.parent)],
+        input=asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert int(refused) == len(GREEDY) and int(kilobytes) * 1024 < chat_template.MEMORY * 1.2
 
 
 ESCAPES = [
@@ -165,11 +204,18 @@ def test_nothing_is_reached(template, tmp_path, monkeypatch):
     made, secret = tmp_path / "made", tmp_path / "secret"
     secret.write_text("SECRET")
     monkeypatch.chdir(tmp_path)
-    template = template.replace("COMMAND", f"'touch {made}'").replace("FILE", f"'{secret.name if 'include' in template else made}'")
-    with pytest.raises(TemplateProblem, match="reaches for Python|wants other files|str' object is not callable"):
+    template = template.replace("COMMAND", f"'touch {made}'").replace(
+        "FILE", f"'{secret.name if 'include' in template else made}'"
+    )
+    with pytest.raises(
+        TemplateProblem, match="reaches for Python|wants other files|str' object is not callable"
+    ):
         check_template(template, SPECIAL, "x")
     compiled = outcome(environment().from_string, template)
-    for render in (lambda: compiled.render(messages=chats()[0]), lambda: tokenizer_of(template).apply_chat_template(chats()[0], tokenize=False)):
+    for render in (
+        lambda: compiled.render(messages=chats()[0]),
+        lambda: tokenizer_of(template).apply_chat_template(chats()[0], tokenize=False),
+    ):
         text = outcome(render)
         assert not re.search("SECRET|<class|<module|<built-in|uid=", text) and not made.exists()
 
@@ -179,10 +225,19 @@ def test_the_child_has_small_means():
     look = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); import resource as r; print([r.getrlimit(x)[0] for x in (r.RLIMIT_FSIZE, r.RLIMIT_NPROC, r.RLIMIT_CORE, r.RLIMIT_AS)], [m for m in ('torch', 'transformers', 'numpy', 'kardia', 'click') if m in sys.modules])"
     request = {"template": "x", "special": {}, "seconds": 5, "path": [p for p in sys.path if p]}
     start = time.monotonic()
-    said = subprocess.run([sys.executable, "-I", "-c", look, templates.__file__], input=json.dumps(request), capture_output=True, text=True).stdout
-    assert said.splitlines()[0] == "null" and said.splitlines()[1].endswith("[]") and time.monotonic() - start < 4  # 0.1 s alone
+    said = subprocess.run(
+        [sys.executable, "-I", "-c", look, chat_template.__file__],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert (
+        said.splitlines()[0] == "null"
+        and said.splitlines()[1].endswith("[]")
+        and time.monotonic() - start < 4
+    )  # 0.1 s alone
     if sys.platform == "linux":
-        assert said.splitlines()[1] == f"[0, 0, 0, {templates.MEMORY}] []"
+        assert said.splitlines()[1] == f"[0, 0, 0, {chat_template.MEMORY}] []"
 
 
 # ------------------------------------------------------------------------------------------------ in use
@@ -198,24 +253,40 @@ def test_templates_in_use_are_accepted_and_render_as_before(family):
             expected = outcome(tokenizer.apply_chat_template, chat, tokenize=False, **options)
             with limited(family):
                 assert outcome(tokenizer.apply_chat_template, chat, tokenize=False, **options) == expected
-            assert outcome(compiled.render, messages=chat, tools=None, documents=None, **SPECIAL, **options) == expected
+            assert (
+                outcome(compiled.render, messages=chat, tools=None, documents=None, **SPECIAL, **options)
+                == expected
+            )
             rendered += expected != "TemplateError"
         if family != "llama3.1" and expected != "TemplateError":  # a judge's template is told no date
-            asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            asked = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
             assert render_template(LEGIT[family], chat, "<s>", "</s>") == asked
     assert rendered >= 4
 
 
 def test_the_families_own_templates_are_fit():
     """TRL brings the originals of some thirty families: none is refused, and each renders here as in transformers."""
-    files = [f for f in sorted((Path(find_spec("trl").origin).parent / "chat_templates").glob("*.jinja")) if not f.stem.endswith("_training")]
+    files = [
+        f
+        for f in sorted((Path(find_spec("trl").origin).parent / "chat_templates").glob("*.jinja"))
+        if not f.stem.endswith("_training")
+    ]
     if not files:
         pytest.skip("this TRL brings no templates")
     chat = chats()[3]
     for file in files:
         text = file.read_text(encoding="utf-8")
         assert problem(text, SPECIAL) is None, file.name
-        assert outcome(environment().from_string(text).render, messages=chat, tools=None, documents=None, **SPECIAL, **OPTIONS[0]) == outcome(tokenizer_of(text).apply_chat_template, chat, tokenize=False, **OPTIONS[0]), file.name
+        assert outcome(
+            environment().from_string(text).render,
+            messages=chat,
+            tools=None,
+            documents=None,
+            **SPECIAL,
+            **OPTIONS[0],
+        ) == outcome(tokenizer_of(text).apply_chat_template, chat, tokenize=False, **OPTIONS[0]), file.name
 
 
 def test_a_judge_is_told_no_date():
@@ -238,12 +309,14 @@ def test_a_fit_template_is_tried_once(cache, monkeypatch):
     def no_child(*_, **__):
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(templates.subprocess, "run", no_child)
+    monkeypatch.setattr(chat_template.subprocess, "run", no_child)
     check_template(template, SPECIAL, "x")
-    monkeypatch.setattr(templates, "_own_hash", lambda: b"other code")  # tried by other code, tried again
+    monkeypatch.setattr(chat_template, "_own_hash", lambda: b"other code")  # tried by other code, tried again
     with pytest.raises(AssertionError, match="a child was started"):
         check_template(template, SPECIAL, "x")
-    assert list(cache.glob("template-*.ok")) and not any(file.stat().st_size for file in cache.glob("template-*.ok"))
+    assert list(cache.glob("template-*.ok")) and not any(
+        file.stat().st_size for file in cache.glob("template-*.ok")
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the watch
@@ -262,7 +335,11 @@ def test_a_template_that_hangs_on_one_text_is_stopped():
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [("{{ messages[0].content * 10000000000 }}", "1 GB of memory"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses"), ("{{ lipsum['__glo' ~ 'bals__'].os }}", "reaches for Python")],
+    [
+        ("{{ messages[0].content * 10000000000 }}", "1 GB of memory"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses"),
+        ("{{ lipsum['__glo' ~ 'bals__'].os }}", "reaches for Python"),
+    ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is watched on Linux")
 def test_other_harm_done_here_is_the_same_line(template, says):
@@ -281,8 +358,13 @@ def test_a_judges_template_goes_the_same_way(rubric, monkeypatch):
         def set_lora(self, role, lora):
             pass
 
-    monkeypatch.setattr(templates, "SECONDS", 0.5)
-    for template, says in ((LOOP, "did not finish in 0.5 s"), ("{{ ''.__class__ }}", "reaches for Python"), (hang_on("conversation"), "did not finish"), ("{{ messages[1].content.x }}", "cannot be rendered")):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    for template, says in (
+        (LOOP, "did not finish in 0.5 s"),
+        ("{{ ''.__class__ }}", "reaches for Python"),
+        (hang_on("conversation"), "did not finish"),
+        ("{{ messages[1].content.x }}", "cannot be rendered"),
+    ):
         with pytest.raises(LlamaError, match=says) as error:
             Judge(Worker(), "judge.gguf", rubric)._template("User: hi\nListener:")
         assert "\n" not in str(error.value)

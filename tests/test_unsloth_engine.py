@@ -11,11 +11,17 @@ import types
 import pytest
 import torch
 
-from kardia import packing
-from kardia import unsloth_engine as engine
-from kardia.runs import UserError
+from kardia.core.console import UserError
+from kardia.models import packed_rows
+from kardia.models import unsloth as engine
 
-VARIABLES = ("UNSLOTH_ALLOW_CPU", "UNSLOTH_GRPO_PREFIX_GROUPER", "UNSLOTH_RETURN_HIDDEN_STATES", "UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION")
+VARIABLES = (
+    "UNSLOTH_ALLOW_CPU",
+    "UNSLOTH_GRPO_PREFIX_GROUPER",
+    "UNSLOTH_RETURN_HIDDEN_STATES",
+    "UNSLOTH_DISABLE_STATISTICS",
+    "UNSLOTH_COMPILE_LOCATION",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +50,9 @@ def unsloth(monkeypatch):
 
             asked["from_pretrained"] = arguments
             print("==((====))==  Unsloth")
-            model = AutoModelForCausalLM.from_pretrained(arguments["model_name"], dtype=arguments["dtype"], attn_implementation="sdpa").requires_grad_(False)
+            model = AutoModelForCausalLM.from_pretrained(
+                arguments["model_name"], dtype=arguments["dtype"], attn_implementation="sdpa"
+            ).requires_grad_(False)
             model.is_loaded_in_4bit = arguments["load_in_4bit"] and not asked.get("no bitsandbytes")
             if asked.get("grow"):
                 model.resize_token_embeddings(model.config.vocab_size + 1)
@@ -57,7 +65,11 @@ def unsloth(monkeypatch):
 
     root, utils = types.ModuleType("unsloth"), types.ModuleType("unsloth.utils")
     root.FastLanguageModel, root.utils, utils.attention_dispatch = FastLanguageModel, utils, dispatch
-    for name, module in (("unsloth", root), ("unsloth.utils", utils), ("unsloth.utils.attention_dispatch", dispatch)):
+    for name, module in (
+        ("unsloth", root),
+        ("unsloth.utils", utils),
+        ("unsloth.utils.attention_dispatch", dispatch),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     return asked
 
@@ -68,10 +80,14 @@ def like_unsloths(model, dispatch):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def attention(module, query, key, value, attention_mask, prefix_seg_info=None, pack=None, scaling=None, **more):
+    def attention(
+        module, query, key, value, attention_mask, prefix_seg_info=None, pack=None, scaling=None, **more
+    ):
         if prefix_seg_info is None:
             if attention_mask is not None and attention_mask.dtype == torch.long:
-                attention_mask = None  # in training Unsloth drops whatever mask there is, and attends causally
+                attention_mask = (
+                    None  # in training Unsloth drops whatever mask there is, and attends causally
+                )
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))  # [1, L, heads, D]
         return dispatch._flex_shared_prefix_attention(q, k, v, prefix_seg_info, scale=None), None
@@ -85,7 +101,9 @@ def like_unsloths(model, dispatch):
 def lora(model, rank=4):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def load(directory, dress=lora, bits=16, window=256):
@@ -98,7 +116,9 @@ def load(directory, dress=lora, bits=16, window=256):
 def test_what_unsloth_reads_while_it_is_imported(tmp_path):
     engine.prepare_import(tmp_path)
     assert os.environ["UNSLOTH_ALLOW_CPU"] == "1"  # TRL's trainers stay TRL's
-    assert os.environ["UNSLOTH_COMPILE_LOCATION"] == str(tmp_path / "unsloth")  # not ./unsloth_compiled_cache, a part of the import path
+    assert os.environ["UNSLOTH_COMPILE_LOCATION"] == str(
+        tmp_path / "unsloth"
+    )  # not ./unsloth_compiled_cache, a part of the import path
     assert "UNSLOTH_DISABLE_STATISTICS" in os.environ
 
 
@@ -128,7 +148,12 @@ def test_rewritten_trainers_are_refused(unsloth, tmp_path, monkeypatch, how):
     import trl
 
     if how == "another class":
-        monkeypatch.setattr(trl, "GRPOTrainer", type("UnslothGRPOTrainer", (trl.GRPOTrainer,), {"__module__": "UnslothGRPOTrainer"}), raising=False)
+        monkeypatch.setattr(
+            trl,
+            "GRPOTrainer",
+            type("UnslothGRPOTrainer", (trl.GRPOTrainer,), {"__module__": "UnslothGRPOTrainer"}),
+            raising=False,
+        )
     else:
         monkeypatch.setattr(trl.SFTTrainer, "__init__", lambda self, *arguments, **more: None)
     with pytest.raises(UserError, match="replaces .*Trainer.*--engine transformers"):
@@ -156,8 +181,14 @@ def test_an_import_that_fails_is_one_line(tmp_path, monkeypatch):
     [
         ({"model_type": "llama"}, None),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, None),
-        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}, None),  # an older config.json
-        ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False}, None),  # named, not used: Qwen2.5
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            None,
+        ),  # an older config.json
+        (
+            {"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False},
+            None,
+        ),  # named, not used: Qwen2.5
         ({"model_type": "qwen3", "layer_types": ["full_attention"] * 2}, None),
         ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding window"),  # Mistral 7B v0.1
@@ -165,14 +196,17 @@ def test_an_import_that_fails_is_one_line(tmp_path, monkeypatch):
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"model_type": "gemma3_text"}, "no fast path"),
         ({}, "no fast path"),
-        ({"model_type": "llama", "hidden_act": "gelu"}, "activation gelu"),  # its MLP is SwiGLU whatever the config says
+        (
+            {"model_type": "llama", "hidden_act": "gelu"},
+            "activation gelu",
+        ),  # its MLP is SwiGLU whatever the config says
         ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}, "RoPE of type dynamic"),
         ({"model_type": "llama", "rope_scaling": "odd"}, "RoPE of type odd"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantized already"),
     ],
 )
 def test_which_bases_are_taken(config, why):
-    found = engine.hindrance(config)
+    found = engine.unsupported_reason(config)
     assert found is None if why is None else why in found
 
 
@@ -183,8 +217,12 @@ def test_what_is_asked_of_unsloth(unsloth, tiny_directory, capsys):
     directory = tiny_directory("llama")
     load(directory, bits=4)
     asked = unsloth["from_pretrained"]
-    assert asked["model_name"] == str(directory) and asked["use_exact_model_name"]  # no other repository in its place
-    assert asked["local_files_only"] and asked["use_safetensors"] and asked["trust_remote_code"] is False  # no network, no pickle, no code
+    assert (
+        asked["model_name"] == str(directory) and asked["use_exact_model_name"]
+    )  # no other repository in its place
+    assert (
+        asked["local_files_only"] and asked["use_safetensors"] and asked["trust_remote_code"] is False
+    )  # no network, no pickle, no code
     assert (asked["load_in_4bit"], asked["load_in_16bit"]) == (True, False)
     assert asked["device_map"] == {"": 0}  # the rank's own GPU
     assert asked["max_seq_length"] == 256  # the base's window: no stretched RoPE, no truncated rows
@@ -195,7 +233,10 @@ def test_what_is_asked_of_unsloth(unsloth, tiny_directory, capsys):
 
 def test_16_bits(unsloth, tiny_directory):
     load(tiny_directory("llama"), bits=16)
-    assert (unsloth["from_pretrained"]["load_in_4bit"], unsloth["from_pretrained"]["load_in_16bit"]) == (False, True)
+    assert (unsloth["from_pretrained"]["load_in_4bit"], unsloth["from_pretrained"]["load_in_16bit"]) == (
+        False,
+        True,
+    )
 
 
 def test_the_dress_gets_the_base_and_its_lora_is_trained(unsloth, tiny_directory):
@@ -216,7 +257,15 @@ def test_a_trained_adapter_is_read_as_in_the_other_engine(unsloth, tiny, tiny_di
 
     directory = tiny_directory("llama")
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    config = LoraConfig(r=6, lora_alpha=9, target_modules="all-linear", use_rslora=rslora, rank_pattern={"q_proj": 3}, alpha_pattern={"model.layers.1.mlp.up_proj": 5}, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=6,
+        lora_alpha=9,
+        target_modules="all-linear",
+        use_rslora=rslora,
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"model.layers.1.mlp.up_proj": 5},
+        task_type="CAUSAL_LM",
+    )
     plain = get_peft_model(plain, config)
     for name, weight in plain.named_parameters():
         if "lora_B" in name:
@@ -237,7 +286,9 @@ def test_an_adapter_of_another_base_is_one_line(unsloth, tiny_directory, tmp_pat
     import kardia_lite as k
 
     other = AutoModelForCausalLM.from_pretrained(tiny_directory("llama", "other", hidden_size=64))
-    get_peft_model(other, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    get_peft_model(other, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapter"
+    )
     with pytest.raises(UserError, match="does not fit the base"):
         load(tiny_directory("llama"), lambda base: k.put_on(base, tmp_path / "adapter", "base"))
 
@@ -270,11 +321,13 @@ def rows_and_plain(causal):
     """log-probs of two answers: from one packed row, and from rows of their own."""
     text = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1))
     prompt, answers = text[:20], [text[20:33], text[33:]]
-    row = packing.pack(prompt, answers)
+    row = packed_rows.pack(prompt, answers)
     packed = row.logps(causal, row.predictors, torch.cat(answers))[0]
     plain = []
     for answer in answers:
-        logits = causal(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = causal(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits[
+            0, len(prompt) - 1 : -1
+        ]
         plain.append(logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0])
     return packed, torch.cat(plain)
 
@@ -289,14 +342,14 @@ def test_without_our_function_a_packed_row_is_wrong(unsloth, tiny_directory):
 def test_our_rows_go_through_its_layers(unsloth, tiny_directory, kind):
     changes = {"sliding_window": None} if kind == "mistral" else {}
     causal = load(tiny_directory(kind, **changes)).base_model.model
-    assert engine.share_rows(causal) is None
+    assert engine.enable_packed_rows(causal) is None
     packed, plain = rows_and_plain(causal)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
 
 
 def test_gradients_through_its_layers(unsloth, tiny_directory):
     model = load(tiny_directory("llama"))
-    assert engine.share_rows(model.base_model.model) is None
+    assert engine.enable_packed_rows(model.base_model.model) is None
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -304,7 +357,13 @@ def test_gradients_through_its_layers(unsloth, tiny_directory):
     for which in range(2):
         model.zero_grad()
         rows_and_plain(model.base_model.model)[which].sum().backward()
-        found.append({name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None})
+        found.append(
+            {
+                name: weight.grad.clone()
+                for name, weight in model.named_parameters()
+                if weight.grad is not None
+            }
+        )
     assert found[0].keys() == found[1].keys() and found[0]
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], atol=2e-4, rtol=1e-3)
@@ -313,11 +372,13 @@ def test_gradients_through_its_layers(unsloth, tiny_directory):
 def test_side_by_side_without_a_prompt(unsloth, tiny_directory):
     """SFT's micro-batch: dialogues in one row do not see each other."""
     causal = load(tiny_directory("llama")).base_model.model
-    assert engine.share_rows(causal) is None
+    assert engine.enable_packed_rows(causal) is None
     texts = torch.arange(3, 33).split([18, 12])
-    row = packing.pack(texts[0][:0], texts)
+    row = packed_rows.pack(texts[0][:0], texts)
     together = row.hidden(causal)
-    alone = torch.cat([causal.base_model(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts])
+    alone = torch.cat(
+        [causal.base_model(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts]
+    )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -326,15 +387,22 @@ def test_a_version_that_computes_rows_otherwise_is_left_as_it_was(unsloth, tiny_
     causal = load(tiny_directory("llama")).base_model.model
     forward = causal.base_model.forward
     del dispatch._flex_shared_prefix_attention
-    assert engine.share_rows(causal) == "another version of Unsloth"
+    assert engine.enable_packed_rows(causal) == "another version of Unsloth"
     assert causal.base_model.forward == forward
 
 
 def test_rows_that_come_out_wrong_are_found(unsloth, tiny_directory, monkeypatch):
     causal = load(tiny_directory("llama")).base_model.model
     forward = causal.base_model.forward
-    monkeypatch.setattr(packing, "shared_prefix_attention", lambda module, q, k, v, *_, **__: (v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2), None))
-    assert "are off by" in engine.share_rows(causal)
+    monkeypatch.setattr(
+        packed_rows,
+        "shared_prefix_attention",
+        lambda module, q, k, v, *_, **__: (
+            v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2),
+            None,
+        ),
+    )
+    assert "are off by" in engine.enable_packed_rows(causal)
     assert causal.base_model.forward == forward
 
 
