@@ -1,6 +1,8 @@
 # make demo   set up .venv, then the whole story on the embedded model
-# make test   set up .venv, then the test suite
-# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores); make bench-gpu: the same on a GPU, with real shapes
+# make test   set up .venv, then every promise once (at most 5 minutes on 2 quiet cores)
+# make test-all   the rest of the tests: all cases, the real model, processes that are killed
+# make lint   format and lint, as .ci/run does
+# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,19 +13,23 @@ PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),requirements-gpu.txt,r
 SLIM   := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/kardia/llama/slim.cmake
 CUDA   := $(if $(shell command -v nvcc 2>/dev/null),$(if $(findstring gpu,$(PINS)),-DGGML_CUDA=ON))
 
-.PHONY: demo test bench bench-gpu clean
+.PHONY: demo test test-all lint bench clean
 demo: $(VENV)/ready
 	$(BIN)/python kardia_lite.py demo
 
 test: $(VENV)/ready-to-test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests
+
+test-all: $(VENV)/ready-to-test
+	$(BIN)/python -m pytest -q -m "slow and not gpu" tests
+
+lint: $(VENV)/ready-to-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 bench: $(VENV)/ready
 	$(BIN)/python tests/bench_judge.py
 	$(BIN)/python tests/bench_grpo.py
-
-bench-gpu: $(VENV)/ready
-	$(BIN)/python tests/bench_gpu.py --quick
 
 # The stamp is written last: an interrupted set-up is simply done again.
 $(VENV)/ready: requirements.txt requirements-gpu.txt kardia/llama/slim.cmake

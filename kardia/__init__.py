@@ -1,1 +1,1 @@
-"""The rooms off kardia_lite.py's corridor: llama.cpp, the judge's exam, export, report, importers, memory plan."""
+"""Hold what kardia_lite.py calls: each folder imports only from itself and from the folders before it."""

@@ -1,6 +1,8 @@
-"""What the tests share: a cache of their own, tiny models from a config, and the embedded model, imported once per session."""
+"""What the tests share: a cache of their own, tiny models from a config, the embedded model, the command
+line."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# One thread: two that wait for each other make a tiny model a hundred times slower on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,9 +19,35 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "real: runs the real embedded model on the CPU (minutes, not seconds)")
+    config.addinivalue_line(
+        "markers", "slow: takes more than two seconds, the real model or processes (`make test-all`)"
+    )
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("filterwarnings", "ignore")
+
+
+def run(line, ok=True):
+    """Run a command line in this process. ok: it must succeed."""
+    from click.testing import CliRunner
+
+    import kardia_lite as k
+
+    result = CliRunner().invoke(k.cli, shlex.split(line))
+    if ok:
+        assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def with_signal(score):
+    """score_answers with a format component that differs: a random model's answers would all get 0."""
+
+    def scored(answers, *rest, **more):
+        rewards = score(answers, *rest, **more)
+        for reward, (_, text) in zip(rewards, answers):
+            reward.components["format"] = text.count("e") % 5 / 4
+        return rewards
+
+    return scored
 
 
 def pytest_collection_modifyitems(items):
@@ -61,10 +91,9 @@ def rubric():
 @pytest.fixture(scope="session")
 def unjudged(tmp_path_factory):
     """The rubric without its judge, whose exam takes minutes: format and label are what is rewarded."""
-    import kardia_lite as k
 
     text, rewards = (
-        (k.HERE / "rubrics.yaml").read_text(encoding="utf-8"),
+        (ROOT / "rubrics.yaml").read_text(encoding="utf-8"),
         "\nrewards: {format: 1, emotion: 1, rubric: 1}\n",
     )
     assert rewards in text
@@ -75,7 +104,8 @@ def unjudged(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """Two exam pairs per criterion: enough to run the exam, too few to pass it. One file for all tests, so that the exam is sat once."""
+    """Two exam pairs per criterion: enough to run the exam, too few to pass it. One file for all tests, so
+    that the exam is sat once."""
     import json
 
     import kardia_lite as k
@@ -121,7 +151,8 @@ def tiny():
 
 @pytest.fixture
 def tiny_directory(tiny, tmp_path):
-    """tiny_directory("qwen2") -> a saved random model (bfloat16, as models come), with its norms moved off 1 and its biases off 0."""
+    """tiny_directory("qwen2") -> a saved random model (bfloat16, as models come), with its norms moved off 1
+    and its biases off 0."""
 
     def make(kind, name="base", **changes):
         import torch
@@ -136,7 +167,8 @@ def tiny_directory(tiny, tmp_path):
     return make
 
 
-# What llama.cpp wants to know of each architecture besides sizes: key of config.json -> key of the GGUF, and how it is written.
+# What llama.cpp wants to know of each architecture besides sizes: key of config.json -> key of the GGUF, and
+# how it is written.
 GGUF_KEYS = {
     "max_position_embeddings": ("context_length", "uint32"),
     "hidden_size": ("embedding_length", "uint32"),
@@ -154,8 +186,9 @@ GGUF_KEYS = {
 
 
 def make_template(directory, path, tokens=None, chat_template=None, metadata=None, like=None, tensors=None):
-    """A GGUF as someone else might have made of the same model, all its weights 0: metadata only counts.
-    Its tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF (`like`)."""
+    """A GGUF as someone else might have made of the same model, all its weights 0: metadata only counts. Its
+    tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF
+    (`like`)."""
     import json
 
     import gguf
@@ -216,7 +249,8 @@ def template_of():
 
 @pytest.fixture(scope="session")
 def little(tmp_path_factory, embedded):
-    """A chat model in a GGUF whose every step takes a tenth of a second: a random llama with the embedded model's tokenizer."""
+    """A chat model in a GGUF whose every step takes a tenth of a second: a random llama with the embedded
+    model's tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,85 +1,80 @@
-"""The command line as a launcher starts it, with what test_together.py changes of it. What to change stands in the environment:
+"""Run command lines as one of several processes, with the changes that test_distributed.py asks for.
 
-SIGNAL           rewards that differ: a random model's answers would all get 0
-OUT_OF_MEMORY    "1 draw", "1 record" or "1 update": process 1, once, where its answers are drawn or written down, or a pass of several is computed
-UNPACKED         as if attention could not be exchanged: TRL's own path
-STOP_AT          step after which process 1 alone gets a SIGTERM
-FAIL_IN          process that meets an error the others do not
+A single line runs as a launcher runs it. Several lines share one process group, which saves the imports; each
+process prints their exit codes in its last line. NAME=value in front of a line:
+
+UNPACKED=1        as if attention could not be exchanged: TRL's own path
+STOP_AT=step      process 1 alone gets a SIGTERM after this step
+OUT_OF_MEMORY=n   process 1 finds no memory in the n-th training pass of several answers
 """
 
-import os
+import contextlib
+import itertools
 import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import pytest
+import torch
+from conftest import with_signal
 
-import kardia_lite as k  # noqa: E402
-from kardia.core import distributed  # noqa: E402
+import kardia_lite as k
+from kardia.core import distributed
 from kardia.models import packed_rows
 from kardia.training import recorder
 
 
-def with_signal(score):
-    def scored(answers, *rest, **more):
-        rewards = score(answers, *rest, **more)
-        for reward, (_, text) in zip(rewards, answers):
-            reward.components["format"] = text.count("e") % 5 / 4
-        return rewards
-
-    return scored
-
-
-def failing_once(function, when):
-    """`function`, which finds no memory the first time that `when` holds for its arguments."""
-    left = [1]
-
-    def tried(*arguments, **more):
-        if left and when(*arguments):
-            left.clear()
-            raise MemoryError("injected")
-        return function(*arguments, **more)
-
-    return tried
-
-
-def change() -> None:
-    asked = os.environ.get
-    if asked("SIGNAL"):
-        k.score_answers = with_signal(k.score_answers)
-    if asked("UNPACKED"):
-        packed_rows.enable_packed_rows = lambda model: "as a test wants it"
-    who, _, where = asked("OUT_OF_MEMORY", "").partition(" ")
-    if who == str(distributed.rank()):
-        if where == "draw":
-            k.Rollouts._draw = failing_once(
-                k.Rollouts._draw, lambda rollouts, prompts, trainer: trainer.state.global_step == 1
-            )
-        elif where == "record":
-            k.Rollouts.record = failing_once(k.Rollouts.record, lambda rollouts, step, *_: step == 2)
-        else:
-            packed_rows.Pack.logps = failing_once(
-                packed_rows.Pack.logps, lambda row, *_: len(row.real) > 1 and torch.is_grad_enabled()
-            )  # not in the trial of packed rows
-    if distributed.rank() == 1 and (step := asked("STOP_AT")):
+def change(patch, names):
+    """Apply the changes in `names` with a pytest.MonkeyPatch."""
+    patch.setattr(k, "score_answers", with_signal(k.score_answers))
+    if "UNPACKED" in names:
+        patch.setattr(packed_rows, "enable_packed_rows", lambda model: "as a test wants it")
+    if "STOP_AT" in names and distributed.rank() == 1:
         log_row = recorder.log_row
 
-        def then_stop(number, *rest):
-            if number == int(step):
+        def then_stop(step, *rest):
+            if step == int(names["STOP_AT"]):
                 signal.raise_signal(signal.SIGTERM)
-            return log_row(number, *rest)
+            return log_row(step, *rest)
 
-        recorder.log_row = then_stop
-    if asked("FAIL_IN") == str(distributed.rank()):
+        patch.setattr(recorder, "log_row", then_stop)
+    if "OUT_OF_MEMORY" in names and distributed.rank() == 1:
+        logps, passes = packed_rows.PackedRow.logps, itertools.count(1)
 
-        def fail(*_, **__):
-            raise k.UserError("only here")
+        def failing(row, *rest, **more):
+            # Not in the trial of packed rows, which needs no gradients.
+            if len(row.real) > 1 and torch.is_grad_enabled() and next(passes) == int(names["OUT_OF_MEMORY"]):
+                raise MemoryError("injected")
+            return logps(row, *rest, **more)
 
-        k.load_policy = fail
+        patch.setattr(packed_rows.PackedRow, "logps", failing)
+
+
+def run(line):
+    """Run one command line with its changes; it ends with SystemExit."""
+    words = line.split()
+    names = dict(word.split("=") for word in itertools.takewhile(lambda word: "=" in word, words))
+    with pytest.MonkeyPatch.context() as patch:
+        change(patch, names)
+        k.cli.main(words[len(names) :])
+
+
+def run_all(lines):
+    """Run command lines in one process group. Return their exit codes."""
+    codes = []
+    with distributed.process_group(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "process_group", contextlib.nullcontext)
+        for line in lines:
+            with pytest.raises(SystemExit) as end:
+                run(line)
+            codes.append(end.value.code)
+        print(f"exit codes: {codes}", file=sys.stderr)
+    return codes
 
 
 if __name__ == "__main__":  # not in the llama worker, which imports this file, too
-    change()
-    k.cli()
+    if len(sys.argv) == 2:
+        run(sys.argv[1])
+    run_all(sys.argv[1:])

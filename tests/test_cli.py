@@ -1,12 +1,17 @@
 """Every expected mistake is one clear line and exit 1 or 2, never a traceback, and leaves nothing behind."""
 
+import ast
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
+from kardia.core.options import DATA, PROJECT
 from kardia.models.base import embedded_gguf
 
 
@@ -14,117 +19,87 @@ def run(*arguments):
     return CliRunner().invoke(k.cli, [str(a) for a in arguments])
 
 
-def one_line(result, *parts, code=1, lines=1):
+def one_line(result, *parts, code=1):
     assert result.exit_code == code, (result.output, result.exception)
-    assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit)
-    message = result.stderr.strip()
-    assert "Traceback" not in message
-    if lines:
-        assert len([line for line in message.splitlines() if line.startswith("Error")]) == 1
+    assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1, result.stderr
     for part in parts:
-        assert str(part) in message, message
+        assert str(part) in result.stderr, result.stderr
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """data(lines) -> a JSONL file; the good row first."""
-    good = (k.DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[0]
-
-    def make(change=None, text=None):
-        value = json.loads(good)
-        if change:
-            change(value)
-        path = tmp_path / "rows.jsonl"
-        path.write_text(
-            good + "\n" + (text if text is not None else json.dumps(value)) + "\n", encoding="utf-8"
-        )
-        return path
-
-    return make
+def lines_of(file):
+    return (DATA / file).read_text(encoding="utf-8").splitlines()
 
 
-def answer(value):
-    return value["messages"][1]
-
-
-@pytest.mark.parametrize(
-    ("change", "text", "parts"),
-    [
-        (None, '{"person": ', ["rows.jsonl:2", "one JSON object per line"]),
-        (lambda v: v["messages"].reverse(), None, ["rows.jsonl:2", "roles alternate and the user begins"]),
-        (lambda v: v.update(emotion="gloomy"), None, ["rows.jsonl:2", "'gloomy'", "labels in rubrics.yaml"]),
-        (
-            lambda v: answer(v).update(content=answer(v)["content"].replace("<|reasoning_begin|>", "")),
-            None,
-            ["rows.jsonl:2", "<|reasoning_begin|> is missing"],
-        ),
-        (
-            lambda v: answer(v).update(
-                content="".join(
-                    reversed(re.findall(r"<\|\w+_begin\|>.*?<\|\w+_end\|>", answer(v)["content"]))
-                )
-            ),
-            None,
-            ["rows.jsonl:2", "out of order"],
-        ),
-    ],
-    ids=["malformed JSON", "wrong role order", "unknown emotion", "missing span", "reordered spans"],
-)
-@pytest.mark.parametrize("command", ["data check", "sft"])
-def test_bad_rows(rows, tmp_path, change, text, parts, command):
-    path = rows(change, text)
-    arguments = (
-        ["data", "check", path]
-        if command == "data check"
-        else ["sft", "--data", path, "--out", tmp_path / "run"]
-    )
-    one_line(run(*arguments), *parts)
+def test_bad_rows(tmp_path):
+    """(Every rule of a row is in test_data.py.)"""
+    good, path = lines_of("dialogues.jsonl")[0], tmp_path / "rows.jsonl"
+    backwards = json.loads(good)
+    backwards["messages"].reverse()
+    spans = re.findall(r"<\|\w+_begin\|>.*?<\|\w+_end\|>", good)
+    for line, words in (
+        (json.dumps(backwards), "roles alternate and the user begins"),
+        (good.replace(spans[0] + spans[1], spans[1] + spans[0]), "out of order"),
+    ):
+        path.write_text(f"{good}\n{line}\n", encoding="utf-8")
+        one_line(run("data", "check", path), "rows.jsonl:2", words)
+        one_line(run("sft", "--data", path, "--out", tmp_path / "run"), "rows.jsonl:2", words)
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_files(tmp_path):
-    nothing = tmp_path / "nothing.jsonl"
-    one_line(run("data", "check", nothing), nothing, "no such file")
-    one_line(run("sft", "--data", nothing, "--out", tmp_path / "r"), nothing, "no such file")
-    one_line(run("sft", "--rubric", nothing, "--out", tmp_path / "r"), nothing)
-    one_line(run("sft", "--model", tmp_path / "model.gguf", "--out", tmp_path / "r"), "no such GGUF file")
-    one_line(run("judge", "score", nothing, "--out", tmp_path / "o.jsonl"), nothing, "no such file")
-    one_line(run("grpo", "--from", tmp_path, "--out", tmp_path / "g"), "not a run directory")
-    one_line(run("export", tmp_path, "--to", tmp_path / "e"), "not a run directory")
-    one_line(run("explain", tmp_path), str(tmp_path))
-    one_line(run("doctor", "--model", nothing), nothing)
-
-
-def test_options_are_checked_at_the_edge(tmp_path):
-    for arguments in (
-        ["--epochs", "-1"],
-        ["--bits", "5"],
-        ["--batch-size", "0"],
-        ["--engine", "jax"],
-        ["--nonsense"],
+    nothing, out = tmp_path / "nothing.jsonl", tmp_path / "out"
+    for line, *words in (
+        (("data", "check", nothing), nothing, "no such file"),
+        (("sft", "--data", nothing, "--out", out), nothing, "no such file"),
+        (("sft", "--rubric", nothing, "--out", out), nothing),
+        (("sft", "--model", tmp_path / "model.gguf", "--out", out), "no such GGUF file"),
+        (("judge", "score", nothing, "--out", out), nothing, "no such file"),
+        (("grpo", "--from", tmp_path, "--out", out), "not a run directory"),
+        (("export", tmp_path, "--to", out), "not a run directory"),
+        (("explain", tmp_path), tmp_path),
+        (("doctor", "--model", nothing), nothing),
+        (("data", "import", nothing, "--format", "esconv", "--out", out), nothing),
     ):
-        result = run("sft", "--out", tmp_path / "r", *arguments)
-        assert result.exit_code == 2 and arguments[0] in result.stderr and "Traceback" not in result.stderr
-    assert run("export", tmp_path, "--to", tmp_path / "e", "--formats", "q9").exit_code == 2
+        one_line(run(*line), *words)
+    assert not out.exists()
+
+
+def test_options_are_checked_at_the_edge():
+    lines = "epochs -1", "bits 5", "batch-size 0", "engine jax", "nonsense 1"
+    for line in [f"sft --out r --{line}" for line in lines]:
+        result, flag = run(*line.split()), line.split()[3]
+        assert result.exit_code == 2 and flag in result.stderr and "Traceback" not in result.stderr, line
     assert run("sft").exit_code == 2
+    for line in (["explain"], ["explain", "runs/x", "--toy"]):
+        result = run(*line)
+        assert result.exit_code == 2 and "give a run directory, or --toy" in result.stderr
 
 
-def test_no_engine_without_its_machine(tmp_path):
-    one_line(
-        run("sft", "--engine", "unsloth", "--limit", 1, "--out", tmp_path / "r"),
-        "--engine unsloth needs an NVIDIA GPU",
-    )
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_hub_id_offline(tmp_path, monkeypatch):
+def test_what_this_machine_cannot_do(tiny_directory, tmp_path, monkeypatch):
+    out, base = tmp_path / "r", tiny_directory("llama")
+    result = run("sft", "--engine", "unsloth", "--model", base, "--limit", 1, "--out", out)
+    one_line(result, "--engine unsloth needs an NVIDIA GPU")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    one_line(
-        run("sft", "--model", "nobody/nothing", "--out", tmp_path / "r"),
-        "nobody/nothing",
-        "give a local directory or .gguf",
-    )
-    one_line(run("sft", "--model", "not a model", "--out", tmp_path / "r"), "no such file or directory")
+    hub = run("sft", "--model", "nobody/nothing", "--out", out)
+    one_line(hub, "nobody/nothing", "give a local directory or .gguf")
+    one_line(run("sft", "--model", "not a model", "--out", out), "no such file or directory")
+    assert not out.exists()
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+
+    def without(name, *rest):
+        return None if name.startswith(("tensorboard", "trackio")) else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    for tracker in ("tensorboard", "trackio"):
+        result = run("sft", "--limit", 1, "--track", tracker, "--out", tmp_path / "r")
+        one_line(result, f"--track {tracker}", f"pip install {tracker}")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_directory_that_exists(tmp_path):
@@ -136,307 +111,145 @@ def test_a_run_directory_that_exists(tmp_path):
     assert (out / "precious.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"PK\x03\x04 not a model", "not a GGUF file"),
-        (b"", "not a GGUF file"),
-        (b"GGUF", "truncated"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "truncated"),
-    ],
-)
-def test_a_judge_that_is_no_gguf(tmp_path, content, message):
-    path = tmp_path / "judge.gguf"
-    path.write_bytes(content)
-    one_line(run("judge", "exam", "--judge", path), path, message)
-
-
-def test_a_truncated_gguf(tmp_path):
-    path = tmp_path / "short.gguf"
-    source = embedded_gguf()
+def test_a_judge_or_base_that_is_no_whole_gguf(tmp_path):
+    path, source = tmp_path / "odd.gguf", embedded_gguf()
     with open(source, "rb") as file:
-        path.write_bytes(file.read(source.stat().st_size // 2))
-    one_line(run("judge", "exam", "--judge", path), path, "truncated GGUF")
-    one_line(run("sft", "--model", path, "--limit", 1, "--out", tmp_path / "r"), path, "truncated GGUF")
+        half = file.read(source.stat().st_size // 2)
+    for content, message in ((b"PK\x03\x04 not a model", "not a GGUF file"), (half, "truncated GGUF")):
+        path.write_bytes(content)
+        one_line(run("judge", "exam", "--judge", path), path, message)
+        one_line(run("sft", "--model", path, "--limit", 1, "--out", tmp_path / "r"), path, message)
     assert not (tmp_path / "r").exists()
 
 
-def finished_run(path, base, adapter=None):
-    """A run directory as `sft` leaves it, with an adapter of our making."""
-    path.mkdir()
-    facts = {"command": "sft", "options": {}, "status": "done", "bits": 16, **k.describe(base)}
-    k.write_json(path / "run.json", facts)
-    if adapter is not None:
-        adapter.save_pretrained(path / "adapter")
-    return path
+# ---------------------------------------------------------------------------------- runs
 
 
-def test_an_adapter_of_another_base(tmp_path, tiny, embedded):
-    from peft import LoraConfig, get_peft_model
-
-    other = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    path = finished_run(tmp_path / "run", embedded, other)
-    result = run("export", path, "--to", tmp_path / "out")
-    one_line(result, "another base", lines=0)
-    assert not (tmp_path / "out").exists()
-    one_line(run("chat", path, "--say", "hi"), "another base", lines=0)
-
-
-def test_adapters_that_are_refused(tmp_path, tiny, embedded):
-    path = finished_run(tmp_path / "run", embedded)
-    one_line(run("export", path, "--to", tmp_path / "out"), "no adapter/")
-    (path / "adapter").mkdir()
-    (path / "adapter" / "adapter_config.json").write_text("{}")
-    (path / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    one_line(run("export", path, "--to", tmp_path / "out"), "pickle", lines=0)
-    (path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 9)
-    one_line(run("export", path, "--to", tmp_path / "out"), "damaged adapter", lines=0)
+def test_a_run_of_one_task_and_a_rubric_of_another(tiny_directory, tmp_path):
+    finished, base = tmp_path / "run", k.resolve_base(str(tiny_directory("llama")))
+    facts = {"command": "sft", "options": {}, "status": "done", "bits": 16, "model": base.name}
+    facts |= {"base": str(base.directory), "base_gguf": None, "base_hash": base.hash}
+    rubric = k.load_rubric(PROJECT / "tests" / "code_review" / "rubrics.yaml")
+    (finished / "adapter").mkdir(parents=True)
+    (finished / "run.json").write_text(json.dumps({**facts, "form": rubric.form.facts()}))
+    (finished / "adapter" / "adapter_config.json").write_text("{}")
+    other = "was trained on answers of change, risk, verdict, comment"
+    out = tmp_path / "o"
+    one_line(run("grpo", "--from", finished, "--out", out), other, "give the --rubric it was trained with")
+    one_line(run("export", finished, "--to", out, "--answers", 0), other)
+    assert not out.exists()
 
 
-def test_a_damaged_run_json(tmp_path):
-    (tmp_path / "run.json").write_text('{"command": ')
-    one_line(run("grpo", "--from", tmp_path, "--out", tmp_path / "g"), "run.json: damaged")
+def test_what_a_resumed_run_may_change(tmp_path):
+    """An option that its run.json does not know had its default then; any other value now is another run."""
+    run = k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=3), False)
+    unknown = ("embedding", "rollout_type")
+    options = {name: value for name, value in run.facts["options"].items() if name not in unknown}
+    with run:
+        run.update(options=options)
+    with k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0), True) as again:
+        assert set(again.facts["options"]) == set(options)
+    for change in ({"steps": 7}, {"rollout_type": "q8_0"}):
+        flag = next(iter(change)).replace("_", "-")
+        with pytest.raises(k.UserError, match=f"--resume with another --{flag}"):
+            k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0, **change), True)
 
 
-def test_judge_score_lists_bad_rows(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"messages": [], "response": "x"}\n{"response": 1}\nnope\n')
-    one_line(run("judge", "score", path, "--out", tmp_path / "o.jsonl"), f"{path}:2", f"{path}:3")
-    assert not (tmp_path / "o.jsonl").exists()
+# ---------------------------------------------------------------------------------- data and judge commands
 
 
-def test_data_check_shows_counts_and_the_loss_mask(tmp_path):
+def test_data_check_shows_counts_and_the_loss_mask(tmp_path, little):
     path = tmp_path / "few.jsonl"
-    path.write_text(
-        "\n".join((k.DATA / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[:3]) + "\n",
-        encoding="utf-8",
-    )
-    result = run("data", "check", path)
-    assert (
-        result.exit_code == 0
-        and "3 rows are valid" in result.stderr
-        and "  3         3       0       3        3" in result.stdout
-    )
+    path.write_text("\n".join(lines_of("dialogues.jsonl")[:3]) + "\n", encoding="utf-8")
+    result = run("data", "check", path, "--model", little)
+    assert result.exit_code == 0 and "3 rows are valid" in result.stderr
+    assert "  3         3       0       3        3" in result.stdout
     assert "[[<|understanding_begin|>" in result.stdout and "<|im_end|>]]" in result.stdout
+    assert "over --max-length 1536: none" in result.stdout
+    result = run("data", "check", path, "--model", little, "--max-length", 64, "--show", 0)
+    assert "over --max-length 64: 3 (they lose their last turns" in result.stdout
+    assert "[[" not in result.stdout
+    path.write_text("\n".join(lines_of("prompts.jsonl")[:2]) + "\n", encoding="utf-8")
+    shown = run("data", "check", path, "--model", little, "--show", 2).stdout
+    assert "few.jsonl:2 as the model sees it" in shown and "a prompt: GRPO draws the answer" in shown
+    assert "[[<|" not in shown
 
 
 def test_data_import_goes_through_the_same_rows(tmp_path, rubric):
-    source = tmp_path / "train.csv"
+    source, out = tmp_path / "train.csv", tmp_path / "prompts.jsonl"
     source.write_text(
-        "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\nhit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found an old letter today.,5|5|5_5|5|5,\n"
+        "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
+        "hit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found a letter.,5|5|5_5|5|5,\n"
     )
-    out = tmp_path / "prompts.jsonl"
-    result = run("data", "import", source, "--format", "empatheticdialogues", "--out", out)
+    line = ("data", "import", source, "--format", "empatheticdialogues", "--out", out)
+    result = run(*line)
     assert result.exit_code == 0 and "1 rows" in result.stdout
     assert k.load_rows([out], rubric, "prompt")[0].situation == "I found a letter, an old one."
-    one_line(run("data", "import", source, "--format", "empatheticdialogues", "--out", out), "exists already")
+    one_line(run(*line), "exists already")
+
+
+def test_rows_that_cannot_be_scored_name_their_line(tmp_path):
+    path, user = tmp_path / "replies.jsonl", '[{"role": "user", "content": "hi"}]'
+    for line in (
+        "[]",
+        "nope",
+        '{"response": "x"}',
+        f'{{"messages": {user}, "response": null}}',
+        '{"messages": "hello", "response": "x"}',
+        '{"messages": [{"role": "User", "content": "hi"}], "response": "x"}',
+        f'{{"messages": {user}, "response": "x \\ud83d"}}',
+        "[" * 100_000,
+        '{"messages": [{"role": "user"}], "response": "x"}',
+    ):
+        path.write_text(f'{{"messages": {user}, "response": "x"}}\n{line}\n{line}\n', encoding="utf-8")
+        result = run("judge", "score", path, "--out", tmp_path / "out.jsonl")
+        one_line(result, f"{path}:2: found", f"{path}:3: found")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------- the manual
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
 
 
 def test_every_command_has_a_manual_and_help_is_quick():
-    import subprocess
-    import sys
-
-    def commands(group, path=()):
-        for name, command in group.commands.items():
-            yield (*path, name)
-            if hasattr(command, "commands"):
-                yield from commands(command, (*path, name))
-
-    for path in commands(k.cli):
+    for path, _ in commands(k.cli):
         result = run(*path, "--help")
         assert result.exit_code == 0 and len(result.stdout) > 150, path
-    code = "import sys; sys.argv = ['k', '--help']; import kardia_lite\ntry: kardia_lite.cli()\nexcept SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=k.HERE, capture_output=True, text=True).stdout
-    assert out.strip().endswith("False False")  # --help must not wait for torch
-
-
-def test_doctor_prints_the_memory_plan(tmp_path):
-    result = run("doctor")
-    assert (
-        result.exit_code == 0
-        and "memory plan" in result.stdout
-        and "activations" in result.stdout
-        and result.stdout.count(": fits, ") == 2
-    )
-    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
-    one_line(run("doctor", "--model", tmp_path / "config.json"), "config.json has no")
+        if "Commands:" in result.stdout:  # a help that is cut off helps nobody
+            assert "..." not in result.stdout.partition("Commands:")[2], result.stdout
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]
+    listed = re.findall(r"(?m)^  (\w+)  ", run("--help").stdout.partition("Commands:")[2])
+    order = "doctor data sft grpo judge evaluate export explain report chat demo"
+    assert listed == order.split()  # the order in which a run happens
+    heavy = {"torch", "transformers", "llama_cpp", "scipy"}
+    code = f"import sys, kardia_lite; print({heavy} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True).stdout
+    assert out.strip() == "set()"  # --help must not wait for them
 
 
 def test_options_declare_themselves_once():
-    """Every knob becomes an option of its command with its help, and lands in run.json under its name."""
-    import dataclasses
-
-    for cls, path in ((k.SFTOptions, ["sft"]), (k.GRPOOptions, ["grpo"]), (k.EvaluateOptions, ["evaluate"])):
-        command = k.cli
-        for name in path:
-            command = command.commands[name]
-        declared = {o.name for o in command.params}
+    """Every field of an options record is an option of its command; shipped files are found from anywhere."""
+    for cls, name in ((k.SFTOptions, "sft"), (k.GRPOOptions, "grpo"), (k.EvaluateOptions, "evaluate")):
+        declared = {option.name for option in k.cli.commands[name].params}
         assert {f.name for f in dataclasses.fields(cls)} <= declared
-
-
-def test_shipped_commands_find_their_data_from_any_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert (
-        k.SFTOptions().data.is_file()
-        and k.GRPOOptions().data.is_file()
-        and k.EvaluateOptions().exam_pairs.is_file()
-    )
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        '{"response": "x"}',
-        '{"messages": [{"role": "user", "content": "hi"}], "response": null}',
-        '{"messages": "hello", "response": "x"}',
-        '{"messages": [{"role": "User", "content": "hi"}], "response": "x"}',
-        '{"messages": [{"role": "user", "content": "hi"}], "response": "x \\ud83d"}',
-        "[" * 100_000,
-        '{"messages": [{"role": "user"}], "response": "x"}',
-    ],
-)
-def test_rows_that_cannot_be_scored_name_their_line(tmp_path, line):
-    path = tmp_path / "replies.jsonl"
-    path.write_text(line + "\n", encoding="utf-8")
-    result = run("judge", "score", path, "--out", tmp_path / "out.jsonl")
-    assert (
-        result.exit_code == 1
-        and f"{path}:1: found" in result.output
-        and "Traceback" not in result.output
-        and not (tmp_path / "out.jsonl").exists()
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (
-            b'{"criterion": "safety", "better": 5, "worse": "x", "messages": [{"role": "user", "content": "u"}]}',
-            "better = 5",
-        ),
-        (b'{"criterion": "safety", "better": "a", "worse": "b", "messages": "hello"}', "messages = hello"),
-        (
-            b'{"criterion": "safety", "better": "a", "worse": "b", "messages": [{"role": "user"}]}',
-            "messages = ",
-        ),
-    ],
-)
-def test_exam_pairs_that_are_none(tmp_path, content, message):
-    from kardia.judge import exam
-
-    (tmp_path / "pairs.jsonl").write_bytes(content)
-    with pytest.raises(exam.ExamError, match="pairs.jsonl") as error:
-        exam.load_pairs(tmp_path / "pairs.jsonl", ["safety"])
-    assert message in str(error.value)
+    assert all(path.is_absolute() for path in (k.SFTOptions().data, k.EvaluateOptions().exam_pairs))
+    assert k.SFTOptions().data.is_file() and k.GRPOOptions().data.is_file()
 
 
 def test_the_script_names_what_it_needs():
-    """`uv run kardia_lite.py demo` reads the block at its head (PEP 723); it must be requirements.txt, word for word."""
-    import ast
-    import re
-
-    script = (k.HERE / "kardia_lite.py").read_text(encoding="utf-8")
-    blocks = re.findall(
-        r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", script
-    )  # the expression of PEP 723 itself
+    """`uv run kardia_lite.py demo` reads the block at its head (PEP 723); it must be requirements.txt."""
+    script = (PROJECT / "kardia_lite.py").read_text(encoding="utf-8")
+    # the expression of PEP 723 itself
+    blocks = re.findall(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", script)
     assert [kind for kind, *_ in blocks] == ["script"]
-    block = "".join(
-        line[2:] if line.startswith("# ") else line[1:] for line in blocks[0][1].splitlines(keepends=True)
-    )
+    block = re.sub(r"(?m)^# ?", "", blocks[0][1])
     named = re.search(r"dependencies = (\[.*?\])", block, re.DOTALL)[1]
-    assert ast.literal_eval(named) == (k.HERE / "requirements.txt").read_text().split()
+    required = (PROJECT / "requirements.txt").read_text().split()
+    assert ast.literal_eval(named) == required and not any("pytest" in name for name in required)
     assert 'requires-python = ">=3.10"' in block
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["explain"], "give a run directory, or --toy"),
-        (["explain", "runs/x", "--toy"], "give a run directory, or --toy"),
-    ],
-)
-def test_explain_wants_one_thing(arguments, message):
-    result = run(*arguments)
-    assert result.exit_code == 2 and message in result.stderr
-
-
-def test_a_run_of_one_task_and_a_rubric_of_another(tmp_path, embedded):
-    path = finished_run(tmp_path / "run", embedded)
-    facts = json.loads((path / "run.json").read_text())
-    review = k.HERE / "tests" / "code_review"
-    k.write_json(path / "run.json", {**facts, "form": k.load_rubric(review / "rubrics.yaml").form.facts()})
-    (path / "adapter").mkdir()
-    (path / "adapter" / "adapter_config.json").write_text("{}")
-    one_line(
-        run("grpo", "--from", path, "--out", tmp_path / "g"),
-        "was trained on answers of change, risk, verdict, comment",
-        "give the --rubric it was trained with",
-    )
-    one_line(
-        run("export", path, "--to", tmp_path / "e"),
-        "was trained on answers of change, risk, verdict, comment",
-    )
-    assert not (tmp_path / "g").exists() and not (tmp_path / "e").exists()
-
-
-def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name.startswith(("tensorboard", "trackio")) else real(name, *rest),
-    )
-    for tracker in ("tensorboard", "trackio"):
-        one_line(
-            run("sft", "--limit", 1, "--track", tracker, "--out", tmp_path / "r"),
-            f"--track {tracker}",
-            f"pip install {tracker}",
-        )
-    assert not (tmp_path / "r").exists()
-
-
-def test_show_names_what_is_trained(tmp_path):
-    result = run("data", "check", k.DATA / "prompts.jsonl", "--show", 2)
-    assert (
-        "prompts.jsonl:2 as the model sees it" in result.stdout
-        and "a prompt: GRPO draws the answer" in result.stdout
-        and "[[<|" not in result.stdout
-    )
-
-
-def test_a_model_whose_memory_cannot_be_planned_trains_all_the_same(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
-    base, wanted = k.Base("odd", tmp_path, None, "x"), k.memory_plan.Setting(cuda=False)
-    assert k.settle(base, wanted, ()) == (wanted, {})
-    assert "no plan for odd (config.json has no" in capsys.readouterr().err
-
-
-def test_a_run_stopped_by_its_patience_may_go_on_with_more(tmp_path):
-    options = k.GRPOOptions(patience=3)
-    k.Run.create(tmp_path / "run", "grpo", options, resume=False)
-    assert (
-        k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0), resume=True).facts["command"]
-        == "grpo"
-    )
-    with pytest.raises(k.UserError, match="--resume with another --steps"):
-        k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(patience=0, steps=7), resume=True)
-
-
-def test_a_run_of_a_version_with_fewer_options_goes_on(tmp_path):
-    """An option that its run.json does not know had its default then; any other value now is another run."""
-    run = k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(), False)
-    options = {
-        name: value
-        for name, value in run.facts["options"].items()
-        if name not in ("embedding", "rollout_type")
-    }
-    with run:
-        run.update(options=options)
-    with k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(), True) as again:
-        assert again.facts["options"] == options
-    with pytest.raises(k.UserError, match="--resume with another --rollout-type"):
-        k.Run.create(tmp_path / "run", "grpo", k.GRPOOptions(rollout_type="q8_0"), True)

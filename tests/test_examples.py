@@ -1,153 +1,84 @@
-"""Every example line of the manual (the header and each command's --help) is executed, for real, with the embedded model.
+"""Every example line of the manual is a line that the program takes; six of them are run for real."""
 
-A line is run as it stands in a directory where what it names exists (a stand-in where that would be a download), plus flags
-that make it short: fewer rows, one step, few exam pairs.
-"""
-
-import json
 import re
 import shlex
 import shutil
 
+import click
 import pytest
 from click.testing import CliRunner
 
 import kardia_lite as k
+from kardia.core.options import DATA, PROJECT
 from kardia.models.base import embedded_gguf
 
-pytestmark = pytest.mark.real
-
 EXAM = "--exam-pairs few/exam.jsonl"
-SHORT = {
-    "sft": "--limit 2 --max-steps 4 --batch-size 1 --max-length 700 --learning-rate 3e-3",
-    "grpo": f"--steps 1 --group-size 2 --max-tokens 16 {EXAM} --force-judge",
-    "evaluate": f"--data few/eval.jsonl --max-tokens 8 {EXAM}",
-    "export": f"--data few/eval.jsonl --answers 1 --max-tokens 8 {EXAM}",
+# Each line as it stands in the manual, plus flags that make it short. What one makes the next one needs.
+REAL = {
+    "data check data/dialogues.jsonl --show 3": "",
+    "sft --out runs/sft": "--limit 2 --max-steps 4 --batch-size 1 --max-length 700 --learning-rate 3e-3",
+    "judge train --out judge_lora.gguf": f"--pairs few/train.jsonl {EXAM} --epochs 1",
     "judge exam": "--pairs few/exam.jsonl",
-    "judge score": "--pairs few/exam.jsonl",
-    "judge train": f"--pairs few/train.jsonl {EXAM} --epochs 1",
-    "chat": "--max-tokens 24",
-    "sft --model qwen.gguf --bits 4 --data mine.jsonl --out runs/mine": "--limit 2 --max-steps 1 --batch-size 1 --max-length 700",
-    # other judges than the one all tests share: the exam is sat anew, so a shorter one
-    "judge exam --judge qwen2.5-7b-instruct-q4_k_m.gguf": "--pairs few/one.jsonl",
-    "judge exam --judge-lora judge_lora.gguf": "--pairs few/one.jsonl",
+    "evaluate base runs/sft runs/grpo": f"--data few/eval.jsonl --max-tokens 8 {EXAM}",
+    "chat runs/grpo": "--max-tokens 24",
 }
-LONG_ANSWERS = {"chat runs/grpo": "Hello there.\n/inner\n/quit\n"}  # what is typed into an open-ended talk
 
 
-def commands(group=None, path=()):
-    for name, command in (group or k.cli).commands.items():
+def commands(group=k.cli, path=()):
+    for name, command in group.commands.items():
         yield " ".join((*path, name)), command
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
 
 
 def examples():
-    """Example lines in the order of the commands, each once."""
-    lines = []
-    for text in (k.__doc__, *(command.help for _, command in commands())):
-        lines += [
-            re.split(r"\s{3,}", line)[0]
-            for line in re.findall(r"^\s*(?:python )?kardia_lite\.py (\S.*)$", text or "", re.MULTILINE)
-        ]
-    order = [name for name, _ in commands()]
-    return sorted(
-        dict.fromkeys(lines),
-        key=lambda line: order.index("judge train" if "--judge-lora" in line else command_of(line)),
-    )  # needs what `judge train` makes
+    """Example lines of the script's header and of every command's help, each once."""
+    text = "\n".join([k.__doc__, *(command.help for _, command in commands())])
+    lines = re.findall(r"^\s*(?:python )?kardia_lite\.py (\S.*)$", text, re.MULTILINE)
+    return list(dict.fromkeys(re.split(r"\s{3,}", line)[0] for line in lines))
 
 
-def command_of(line):
-    return max((name for name, _ in commands() if line == name or line.startswith(f"{name} ")), key=len)
+def parsed(line):
+    """The name of the command that click takes `line` for. Nothing is run."""
+    arguments, command, name = shlex.split(line), k.cli, []
+    with click.Context(k.cli) as context:
+        while isinstance(command, click.Group):
+            name.append(arguments[0])
+            _, command, arguments = command.resolve_command(context, arguments)
+        command.make_context(name[-1], arguments)
+    return " ".join(name)
 
 
-def first(source, target, n):
-    target.write_text(
-        "".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:n]), encoding="utf-8"
-    )
+def test_every_example_is_a_line_that_the_program_takes():
+    shown = {parsed(line) for line in examples()}
+    assert shown == {name for name, command in commands() if not hasattr(command, "commands")}
+    assert set(REAL) <= set(examples())
+    with pytest.raises(click.NoSuchOption):
+        parsed("explain --toys")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, embedded, pairs):
-    """A directory in which every name of the examples means something."""
+def place(tmp_path_factory, pairs):
+    """A directory in which the names of the examples mean something."""
     path = tmp_path_factory.mktemp("examples")
-    for name in (
-        "data",
-        "rubrics.yaml",
-    ):  # the defaults are relative to where the command line was built: the repository
-        (path / name).symlink_to(k.HERE / name)
-    for folder in ("few", "Jhcircle/KardiaBench", "empatheticdialogues"):
-        (path / folder).mkdir(parents=True)
+    (path / "few").mkdir()
+    for name in ("data", "rubrics.yaml"):
+        (path / name).symlink_to(PROJECT / name)
     shutil.copy(pairs, path / "few" / "exam.jsonl")
-    first(pairs, path / "few" / "one.jsonl", 1)
-    first(k.DATA / "judge_train.jsonl", path / "few" / "train.jsonl", 4)
-    first(k.DATA / "eval.jsonl", path / "few" / "eval.jsonl", 1)
-    first(k.DATA / "dialogues.jsonl", path / "mine.jsonl", 2)
-    for stand_in in ("qwen.gguf", "qwen2.5-7b-instruct-q4_k_m.gguf", "model.gguf"):
-        (path / stand_in).symlink_to(embedded_gguf())
-    shutil.copy(embedded.directory / "config.json", path / "config.json")
-    first(k.DATA / "dialogues.jsonl", path / "Jhcircle/KardiaBench/train.jsonl", 2)
-    (path / "empatheticdialogues/train.csv").write_text(
-        "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\nhit:1_conv:2,1,sentimental,I found a letter_comma_ an old one.,1,I found an old letter today.,5|5|5_5|5|5,\n"
-    )
-    (path / "ESConv.json").write_text(
-        json.dumps(
-            [
-                {
-                    "emotion_type": "sadness",
-                    "problem_type": "breakup with partner",
-                    "situation": "My partner left me last week.",
-                    "dialog": [
-                        {"speaker": "seeker", "annotation": {}, "content": "I feel lost without him."},
-                        {"speaker": "supporter", "annotation": {}, "content": "I am sorry."},
-                    ],
-                }
-            ]
-        )
-    )
-    (path / "replies.jsonl").write_text(
-        json.dumps(
-            {"messages": [{"role": "user", "content": "My dog died."}], "response": "What was he like?"}
-        )
-        + "\n"
-    )
+    for source, name, n in (("judge_train.jsonl", "train.jsonl", 4), ("eval.jsonl", "eval.jsonl", 1)):
+        lines = (DATA / source).read_text(encoding="utf-8").splitlines(keepends=True)[:n]
+        (path / "few" / name).write_text("".join(lines), encoding="utf-8")
+    (path / "qwen.gguf").symlink_to(embedded_gguf())
     return path
 
 
-def test_there_is_an_example_for_every_command():
-    shown = {command_of(line) for line in examples()}
-    assert shown >= {name for name, command in commands() if not hasattr(command, "commands")}
-
-
-@pytest.mark.parametrize("line", examples())
-def test_example(place, monkeypatch, line):
+@pytest.mark.slow
+def test_six_examples_run_for_real(place, monkeypatch):
     monkeypatch.chdir(place)
-    few = {"exam_pairs": place / "few" / "exam.jsonl"}
-    monkeypatch.setattr(k, "DEMO_SFT", {**k.DEMO_SFT, "limit": 2, "batch_size": 1, "max_steps": 4})
-    monkeypatch.setattr(
-        k,
-        "DEMO_GRPO",
-        {
-            **k.DEMO_GRPO,
-            "steps": 1,
-            "group_size": 2,
-            "micro_batch": 0,
-            "max_tokens": 16,
-            "force_judge": True,
-            **few,
-        },
-    )
-    monkeypatch.setattr(k, "DEMO_EVALUATE", {"data": place / "few" / "eval.jsonl", "max_tokens": 8, **few})
-    monkeypatch.setattr(
-        k, "DEMO_EXPORT", {"data": place / "few" / "eval.jsonl", "answers": 1, "max_tokens": 8, **few}
-    )
-    result = CliRunner().invoke(
-        k.cli,
-        shlex.split(f"{line} {SHORT.get(line) or SHORT.get(command_of(line), '')}"),
-        input=LONG_ANSWERS.get(line),
-    )
-    assert result.exit_code == 0, (line, result.output, result.exception)
-    assert result.stdout.strip(), line  # the product is on stdout
-    if line == "demo":
-        page = (place / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
-        assert "memory" in page.lower() and (place / "runs" / "demo" / "grpo" / "tokens.jsonl").is_file()
+    for line, short in REAL.items():
+        typed = "Hello there.\n/inner\n/quit\n"
+        result = CliRunner().invoke(k.cli, shlex.split(f"{line} {short}"), input=typed)
+        assert result.exit_code == 0, (line, result.output, result.exception)
+        assert result.stdout.strip(), line  # the product is on stdout
+        if line.startswith("sft"):
+            shutil.copytree("runs/sft", "runs/grpo")  # a run to go on from; `demo` trains a real one

@@ -1,4 +1,4 @@
-"""Offline means offline: the whole demo with every socket blocked, in this process and in the llama worker."""
+"""Offline means offline: the whole demo with every socket blocked, in every process of it."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import kardia_lite as k
+from kardia.core.options import DATA, PROJECT
 
 # On the path of every process of the demo, the worker's included, before anything else is imported.
 NO_SOCKETS = """
@@ -20,10 +20,12 @@ def blocked(*arguments, **_):
 
 class Socket(socket.socket):
     def connect(self, address):
-        return super().connect(address) if self.family == getattr(socket, "AF_UNIX", None) else blocked("connect", address)
+        local = self.family == getattr(socket, "AF_UNIX", None)
+        return super().connect(address) if local else blocked("connect", address)
 
     def connect_ex(self, address):
-        return super().connect_ex(address) if self.family == getattr(socket, "AF_UNIX", None) else blocked("connect_ex", address)
+        local = self.family == getattr(socket, "AF_UNIX", None)
+        return super().connect_ex(address) if local else blocked("connect_ex", address)
 
     def sendto(self, *arguments):
         return blocked("sendto", *arguments[1:])
@@ -31,15 +33,22 @@ class Socket(socket.socket):
 socket.socket = Socket
 socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = socket.create_connection = blocked
 """
+# The demo as it is, every step made short: of an option that stands twice the last one counts.
 DEMO = """
 import sys
 import kardia_lite as k
-short = {"exam_pairs": k.Path(sys.argv[1])}
-k.DEMO_SFT |= {"limit": 4, "max_length": 800}
-k.DEMO_GRPO |= {"steps": 1, "group_size": 4, "max_tokens": 24, "force_judge": True, **short}
-k.DEMO_EVALUATE |= {"limit": 2, "max_tokens": 24, **short}
-k.DEMO_EXPORT |= {"answers": 1, "max_tokens": 24, "data": k.Path(sys.argv[2]), **short}
-k.cli(["demo", "--out", sys.argv[3]])
+from kardia.cli import demo
+pairs, rows, out = sys.argv[1:]
+short = {
+    "sft": "--limit 4 --max-length 800",
+    "judge": f"--pairs {pairs}",
+    "grpo": f"--steps 1 --group-size 4 --max-tokens 24 --force-judge --exam-pairs {pairs}",
+    "evaluate": f"--limit 2 --max-tokens 24 --exam-pairs {pairs}",
+    "export": f"--answers 1 --max-tokens 24 --data {rows} --exam-pairs {pairs}",
+}
+for step in demo.STEPS:
+    step["line"] += " " + short.get(step["line"].split()[0], "")
+k.cli(["demo", "--out", out])
 """
 
 
@@ -47,51 +56,32 @@ k.cli(["demo", "--out", sys.argv[3]])
 def blocked_environment(tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(NO_SOCKETS)
-    switches = (
-        "HF_HUB_OFFLINE",
-        "HF_DATASETS_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-    )  # the program sets them itself
+    # the program sets these itself
+    switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     environment = {name: value for name, value in os.environ.items() if name not in switches}
-    return {
-        **environment,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(k.HERE)]),
-        "ATTEMPTS": str(tmp_path / "attempts"),
-    }
+    path = os.pathsep.join([str(tmp_path / "path"), str(PROJECT)])
+    return {**environment, "PYTHONPATH": path, "ATTEMPTS": str(tmp_path / "attempts")}
 
 
-def test_the_block_blocks(blocked_environment, tmp_path):
-    code = "import urllib.request; urllib.request.urlopen('http://192.0.2.1/')"
-    tried = subprocess.run(
-        [sys.executable, "-c", code], env=blocked_environment, capture_output=True, text=True
-    )
-    assert (
-        tried.returncode and "no network in this test" in tried.stderr and (tmp_path / "attempts").read_text()
-    )
-
-
-@pytest.mark.real
+@pytest.mark.slow
 def test_the_whole_demo_without_a_network(blocked_environment, tmp_path, pairs, embedded):
-    one = tmp_path / "one.jsonl"
-    one.write_text(
-        (k.DATA / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8"
-    )
-    alone = (
-        ["unshare", "-n"]
-        if subprocess.run("unshare -n true", shell=True, capture_output=True).returncode == 0
-        else []
-    )  # no interface at all, where that is allowed
-    done = subprocess.run(
-        [*alone, sys.executable, "-c", DEMO, pairs, one, tmp_path / "demo"],
-        env=blocked_environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    def run(*command, **more):
+        return subprocess.run(command, env=blocked_environment, capture_output=True, text=True, **more)
+
+    tried = run(sys.executable, "-c", "import urllib.request as r; r.urlopen('http://192.0.2.1/')")
+    attempts = tmp_path / "attempts"
+    assert tried.returncode and "no network in this test" in tried.stderr and attempts.read_text()
+    attempts.unlink()  # the block blocks; the demo must not meet it
+    row = (DATA / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(row + "\n", encoding="utf-8")
+    # no interface at all, where that is allowed
+    alone = subprocess.run("unshare -n true", shell=True, capture_output=True).returncode == 0
+    start = ["unshare", "-n", sys.executable] if alone else [sys.executable]
+    demo = tmp_path / "demo"
+    done = run(*start, "-c", DEMO, pairs, tmp_path / "one.jsonl", demo, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
-    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
-    assert (
-        json.loads((tmp_path / "demo" / "grpo" / "run.json").read_text())["status"] == "done"
-        and "One chat turn" in done.stderr
-    )
+    assert not attempts.exists(), attempts.read_text()
+    assert (demo / "report.html").stat().st_size > 10_000 and "One chat turn" in done.stderr
+    assert json.loads((demo / "grpo" / "run.json").read_text())["status"] == "done"
+    assert "memory" in (demo / "report.html").read_text(encoding="utf-8").lower()
+    assert (demo / "grpo" / "tokens.jsonl").is_file()

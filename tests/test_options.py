@@ -1,4 +1,4 @@
-"""Whatever stands on the command line: an answer, or one line and exit 1 or 2; what passes is a number that the run can use."""
+"""Whatever stands on the command line: an answer, or one line and exit 1 or 2."""
 
 import dataclasses
 import math
@@ -9,55 +9,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kardia_lite as k
+from kardia.cli import judge_commands
+from kardia.export.run_export import ExportOptions
+from kardia.judge.train import JudgeTrainOptions
 
-COMMANDS = {
-    "sft": k.SFTOptions,
-    "grpo": k.GRPOOptions,
-    "evaluate": k.EvaluateOptions,
-    "export": k.ExportOptions,
-    "judge train": k.JudgeTrainOptions,
+COMMANDS = {  # options, arguments that are needed
+    "sft": (k.SFTOptions, ["--out", "nowhere"]),
+    "grpo": (k.GRPOOptions, ["--from", "nowhere", "--out", "nowhere"]),
+    "evaluate": (k.EvaluateOptions, ["base"]),
+    "export": (ExportOptions, ["nowhere", "--to", "elsewhere"]),
+    "judge train": (JudgeTrainOptions, ["--out", "nowhere"]),
 }
-NAMED = {
-    "sft": [],
-    "grpo": ["--from", "nowhere"],
-    "evaluate": ["base"],
-    "export": ["nowhere", "--to", "elsewhere"],
-    "judge train": [],
-}
-ODD = [
-    "nan",
-    "inf",
-    "-inf",
-    "1e999",
-    "-1",
-    "0",
-    "-0.0",
-    "1e-400",
-    "9" * 40,
-    "0x10",
-    "1_000",
-    "١٢",
-    "",
-    " ",
-    "true",
-    "None",
-    "1.5",
-    "4 ",
-    "16\n",
-    "--",
-    "-",
-    "\x1b[31m",
-    "a" * 5000,
-    "../../x",
-    "auto",
-    "none",
-    "é",
-    "{}",
-    "[1]",
-    "%s",
-    "$HOME",
-    "4,8",
-]
+ODD = ["nan", "inf", "-inf", "1e999", "-1", "0", "-0.0", "1e-400", "9" * 40, "0x10", "1_000", "١٢", "", " "]
+ODD += ["true", "None", "1.5", "4 ", "16\n", "--", "-", "\x1b[31m", "a" * 5000, "../../x", "auto", "none"]
+ODD += ["é", "{}", "[1]", "%s", "$HOME", "4,8"]
 VALUES = st.one_of(
     st.sampled_from(ODD),
     st.integers(-(10**12), 10**12).map(str),
@@ -68,103 +33,58 @@ VALUES = st.one_of(
 
 @pytest.fixture
 def reached(monkeypatch):
-    """The commands up to the point where work would begin."""
+    """The options of each command that came to where its work would begin."""
     seen = []
-    for name in ("train_sft", "train_grpo", "export_run", "train_judge"):
-        monkeypatch.setattr(
-            k,
-            name,
-            lambda options, *a, **m: (_ for _ in ()).throw(
-                k.UserError(f"reached {seen.append(options) or ''}")
-            ),
-        )
-    monkeypatch.setattr(
-        k,
-        "evaluate",
-        lambda models, options, target: (_ for _ in ()).throw(
-            k.UserError(f"reached {seen.append(options) or ''}")
-        ),
-    )
-    monkeypatch.setattr(k, "start", lambda *a: None)
+
+    def stop(*arguments, **more):
+        seen.extend(a for a in arguments if dataclasses.is_dataclass(a))
+        raise k.UserError("reached")
+
+    for name in ("train_sft", "train_grpo", "export_run", "evaluate"):
+        monkeypatch.setattr(k, name, stop)
+    monkeypatch.setattr(judge_commands, "train_judge", stop)
     return seen
 
 
-@settings(
-    max_examples=600, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
-@given(data=st.data())
-def test_any_value_of_any_option(reached, data):
-    command = data.draw(st.sampled_from(sorted(COMMANDS)))
-    fields = dataclasses.fields(COMMANDS[command])
-    chosen = data.draw(
-        st.lists(
-            st.sampled_from([f for f in fields if f.type != "bool"]),
-            min_size=1,
-            max_size=3,
-            unique_by=lambda f: f.name,
-        )
-    )
-    arguments = [f"--{f.name.replace('_', '-')}={data.draw(VALUES)}" for f in chosen]
-    reached.clear()
-    result = CliRunner().invoke(
-        k.cli,
-        [
-            *command.split(),
-            *NAMED[command],
-            *([] if command in ("evaluate", "export") else ["--out", "nowhere"]),
-            *arguments,
-        ],
-    )
-    assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), (
-        arguments,
-        result.exception,
-    )
-    assert (
-        "Traceback" not in result.stderr
-        and len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
-    )
-    for options in reached:  # it was let through: every number is one that can be counted to
-        for f in fields:
-            value = getattr(options, f.name)
-            if f.type in ("int", "float"):
-                assert (
-                    math.isfinite(value)
-                    and value >= f.metadata.get("min", value)
-                    and value <= f.metadata.get("max", value)
-                    and abs(value) < 2**32
-                    or f.type == "float"
-                ), (f.name, value)
+HOW = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_value_of_any_option(reached, examples):
+    @settings(max_examples=examples, **HOW)
+    @given(data=st.data())
+    def check(data):
+        command = data.draw(st.sampled_from(sorted(COMMANDS)))
+        cls, needed = COMMANDS[command]
+        fields = dataclasses.fields(cls)
+        some = st.sampled_from([f for f in fields if f.type != "bool"])
+        chosen = data.draw(st.lists(some, min_size=1, max_size=3, unique_by=lambda f: f.name))
+        arguments = [f"--{f.name.replace('_', '-')}={data.draw(VALUES)}" for f in chosen]
+        reached.clear()
+        result = CliRunner().invoke(k.cli, [*command.split(), *needed, *arguments])
+        assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), (arguments, result)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+        assert "Traceback" not in result.stderr and len(errors) == 1, arguments
+        for options in reached:  # it was let through: every number is one that can be counted to
+            for f in fields:
+                value = getattr(options, f.name)
+                if f.type in ("int", "float"):
+                    least, most = f.metadata.get("min", value), f.metadata.get("max", value)
+                    assert math.isfinite(value) and least <= value <= most, (f.name, value)
+                    assert abs(value) < 2**32 or f.type == "float", (f.name, value)
+
+    check()
 
 
 def test_good_values_pass(reached):
-    CliRunner().invoke(
-        k.cli,
-        [
-            "sft",
-            "--out",
-            "x",
-            "--epochs",
-            "0.5",
-            "--learning-rate",
-            "1e-4",
-            "--bits",
-            "4",
-            "--seed",
-            "4294967295",
-        ],
-    )
-    assert (reached[0].epochs, reached[0].learning_rate, reached[0].bits, reached[0].seed) == (
-        0.5,
-        1e-4,
-        4,
-        4294967295,
-    )
+    line = "sft --out x --epochs 0.5 --learning-rate 1e-4 --bits 4 --seed 4294967295"
+    CliRunner().invoke(k.cli, line.split())
+    options = reached[0]
+    values = (options.epochs, options.learning_rate, options.bits, options.seed)
+    assert values == (0.5, 1e-4, 4, 4294967295)
 
 
 def test_bytes_that_are_no_text(tmp_path):
     result = CliRunner().invoke(k.cli, ["sft", "--out", str(tmp_path / "r\udcff")])
-    assert (
-        result.exit_code == 2
-        and "not UTF-8; rename the file" in result.stderr
-        and "\udcff" not in result.stderr
-    )
+    assert result.exit_code == 2 and "not UTF-8; rename the file" in result.stderr
+    assert "\udcff" not in result.stderr

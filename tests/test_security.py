@@ -1,4 +1,4 @@
-"""Strangers' models and adapters: none of their code runs, none of their pickles is read, none of their paths is followed."""
+"""Foreign models and adapters: their code never runs, their pickles and outward paths are not read."""
 
 import ast
 import json
@@ -7,214 +7,135 @@ import shutil
 import sys
 
 import pytest
-from click.testing import CliRunner
+from conftest import run
+from test_disk import refused
 
 import kardia_lite as k
-from kardia.models.weights import ExportError
+from kardia.core.options import PROJECT
+
+SFT = "--limit 2 --max-steps 3 --batch-size 1 --max-length 900"
 
 
-def refused(*arguments):
-    result = CliRunner().invoke(k.cli, [str(a) for a in arguments])
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (
-        result.output,
-        result.exception,
-    )
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    return line
+class Bomb:
+    """Unpickled, it runs `code`."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return (exec, (self.code,))
 
 
 @pytest.fixture
 def trap(tmp_path):
-    """Python that leaves a mark if it runs."""
+    """(Python that leaves a mark if it runs, the mark)."""
     mark = tmp_path / "it-ran"
     return f"open({str(mark)!r}, 'w').write('x')\n", mark
 
 
 @pytest.fixture
-def a_model(tiny_directory, renderer):
-    """A small chat model in a directory, as strangers give them away."""
+def model(tiny_directory, renderer):
+    """A small chat model in a directory, as people give them away."""
     path = tiny_directory("llama", vocab_size=49152, max_position_embeddings=2048)
     renderer.tokenizer.save_pretrained(path)
     return path
 
 
-SFT = ["--limit", 2, "--max-steps", 3, "--batch-size", 1, "--max-length", 900]
+def change(path, **facts):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "evil"])
-def test_a_models_own_code_never_runs(a_model, trap, tmp_path, kind):
-    code, mark = trap
-    (a_model / "modeling_evil.py").write_text(
-        code + "class Model: pass\nclass Config: pass\nclass Tokenizer: pass\n"
-    )
-    for name, add in (
-        (
-            "config.json",
-            {
-                "model_type": kind,
-                "auto_map": {
-                    "AutoConfig": "modeling_evil.Config",
-                    "AutoModelForCausalLM": "modeling_evil.Model",
-                },
-            },
-        ),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_evil.Tokenizer", None]}}),
-    ):
-        facts = json.loads((a_model / name).read_text())
-        (a_model / name).write_text(json.dumps({**facts, **add}))
-    if kind == "llama":  # known to transformers: trained with transformers' own code
-        result = CliRunner().invoke(
-            k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")]
-        )
-        assert result.exit_code == 0 or "code of its own" in result.stderr, result.stderr
-    else:
-        assert "code of its own, which is never run here" in refused(
-            "sft", "--model", a_model, *SFT, "--out", tmp_path / "run"
-        )
+@pytest.mark.slow
+def test_nothing_in_a_models_directory_runs(model, trap, tmp_path):
+    (code, mark), line = trap, f"sft --model {model} {SFT} --out {tmp_path}"
+    classes = "class Model: pass\nclass Config: pass\nclass Tokenizer: pass\n"
+    (model / "modeling_evil.py").write_text(code + classes)
+    classes = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Tokenizer", None]})
+    change(model / "config.json", model_type="evil", auto_map=classes)
+    assert "code of its own, which is never run here" in refused(f"{line}/evil") and not mark.exists()
+    # A type that transformers knows is trained with transformers' own code.
+    change(model / "config.json", model_type="llama")
+    result = run(f"{line}/llama", ok=False)
+    assert result.exit_code == 0 or "code of its own" in result.stderr, result.stderr
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(code)))
+    assert "its weights are pickles (.bin, .pth), which may run code" in refused(f"{line}/pickles")
     assert not mark.exists()
 
 
-def test_pickled_weights_are_not_read(a_model, trap, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (exec, (trap[0],))
-
-    (a_model / "model.safetensors").unlink()
-    (a_model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    assert "its weights are pickles (.bin, .pth), which may run code" in refused(
-        "sft", "--model", a_model, *SFT, "--out", tmp_path / "run"
-    )
-    assert not trap[1].exists()
-
-
-@pytest.fixture
-def a_run(a_model, tmp_path):
-    result = CliRunner().invoke(
-        k.cli, [str(a) for a in ("sft", "--model", a_model, *SFT, "--out", tmp_path / "run")]
-    )
-    assert result.exit_code == 0, result.stderr
-    return tmp_path / "run"
-
-
-def test_a_pickled_adapter_is_refused_with_the_reason(a_run, trap, tmp_path, pairs):
-    class Bomb:
-        def __reduce__(self):
-            return (exec, (trap[0],))
-
-    (a_run / "adapter" / "adapter_model.safetensors").unlink()
-    (a_run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    for arguments in (
-        [
-            "grpo",
-            "--from",
-            a_run,
-            "--rollout",
-            "hf",
-            "--exam-pairs",
-            pairs,
-            "--force-judge",
-            "--out",
-            tmp_path / "g",
-        ],
-        ["export", a_run, "--to", tmp_path / "e", "--formats", "merged"],
-    ):
-        assert "pickle" in refused(*arguments)
-    assert not trap[1].exists()
-
-
-def test_an_adapters_configuration_imports_nothing(a_run, trap, tmp_path, monkeypatch):
-    """PEFT imports the module that `megatron_core` names. Ours never sees the file's own configuration."""
-    (tmp_path / "evil_module.py").write_text(trap[0])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    path = a_run / "adapter" / "adapter_config.json"
-    facts = json.loads(path.read_text())
-    base = k.base_of(k.Run(a_run))
-    for change in (
-        {"megatron_config": {"x": 1}, "megatron_core": "evil_module"},
-        {"auto_mapping": {"base_model_class": "X", "parent_library": "evil_module"}},
-        {"target_modules": "(a+)+$"},
-    ):
-        path.write_text(json.dumps({**facts, **change}))
-        try:
-            k.load_policy(base, "transformers", 16, adapter=a_run / "adapter")
-        except ExportError as error:
-            assert "\n" not in str(error)
-        assert not trap[1].exists() and "evil_module" not in sys.modules
-
-
-def test_put_on_is_what_peft_loads(a_run):
+@pytest.mark.slow
+def test_what_others_put_into_a_run_and_its_export(model, trap, tmp_path, pairs, monkeypatch):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = k.base_of(k.Run(a_run))
-    ours = k.load_policy(base, "transformers", 16, adapter=a_run / "adapter", dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32),
-        a_run / "adapter",
-        is_trainable=True,
-    )
-    a, b = ({name: p for name, p in model.named_parameters()} for model in (ours, theirs))
-    assert list(a) == list(b) and all(
-        torch.equal(a[name], b[name]) and a[name].requires_grad == b[name].requires_grad for name in a
-    )
-    assert any(p.abs().max() > 0 for name, p in a.items() if "lora_B" in name)
+    (code, mark), to, precious = trap, tmp_path / "out", tmp_path / "precious"
+    trained = tmp_path / "run"
+    run(f"sft --model {model} {SFT} --out {trained}")
+    adapter, base = trained / "adapter", k.base_of_run(k.Run(trained).facts, trained)
 
+    # Our own loader of an adapter gives what PEFT's gives.
+    ours = k.load_policy(base, "transformers", 16, adapter=adapter, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, adapter, is_trainable=True)
+    a, b = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert list(a) == list(b) and any(p.abs().max() > 0 for name, p in a.items() if "lora_B" in name)
+    for name in a:
+        assert torch.equal(a[name], b[name]) and a[name].requires_grad == b[name].requires_grad, name
 
-def test_an_exports_book_does_not_lead_out_of_it(a_run, tmp_path):
-    """export.json may be a stranger's: a file it names outside of the directory is none of the export's."""
-    to, precious = tmp_path / "out", tmp_path / "precious"
-    result = CliRunner().invoke(
-        k.cli, [str(a) for a in ("export", a_run, "--to", to, "--formats", "merged", "--answers", 0)]
-    )
-    assert result.exit_code == 0, result.stderr
+    # PEFT imports the module that `megatron_core` names; ours never sees the file's own configuration.
+    (tmp_path / "evil_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = (adapter / "adapter_config.json").read_text()
+    parent = {"base_model_class": "X", "parent_library": "evil_module"}
+    megatron = {"megatron_config": {"x": 1}, "megatron_core": "evil_module"}
+    for facts in (megatron, {"auto_mapping": parent}, {"target_modules": "(a+)+$"}):
+        change(adapter / "adapter_config.json", **facts)
+        try:
+            k.load_policy(base, "transformers", 16, adapter=adapter)
+        except Exception as error:
+            assert type(error).__module__.startswith("kardia") and "\n" not in str(error)
+        assert not mark.exists() and "evil_module" not in sys.modules
+        (adapter / "adapter_config.json").write_text(config)
+
+    # export.json may come from somebody else: a file that it names outside of the directory is left alone.
+    export = f"export {trained} --formats merged --answers 0 --to"
+    run(f"{export} {to}")
     precious.mkdir()
     (precious / "mine.txt").write_text("mine")
     book = json.loads((to / "export.json").read_text())
     book["formats"]["merged"].update(file="../precious", path=str(precious))
     (to / "export.json").write_text(json.dumps(book))
     shutil.rmtree(to / "merged")
-    assert "export.json: damaged" in refused(
-        "export", a_run, "--to", to, "--formats", "merged", "--answers", 0
-    )
+    assert "export.json: damaged" in refused(f"{export} {to}")
     assert (precious / "mine.txt").read_text() == "mine"
 
+    # A pickled adapter is refused, with the reason.
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(code)))
+    grpo = f"grpo --from {trained} --rollout hf --exam-pairs {pairs} --force-judge --out {tmp_path}/g"
+    for line in (grpo, f"{export} {tmp_path}/e"):
+        assert "pickle" in refused(line) and not mark.exists()
 
-@pytest.mark.parametrize(
-    "path", [k.HERE / "kardia_lite.py", *sorted((k.HERE / "kardia").glob("*.py"))], ids=lambda path: path.name
-)
-def test_the_code_never_asks_for_it(path):
+
+FORBIDDEN = "eval exec compile __import__ os.system os.popen pickle.load pickle.loads torch.load joblib.load"
+FORBIDDEN += " yaml.unsafe_load yaml.full_load shelve.open marshal.loads"
+
+
+def test_our_code_never_asks_for_it():
     """No remote code, no pickles, no eval or exec, no shell, no unsafe YAML, in any call of ours."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call):
-            continue
-        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        assert (
-            given.get("trust_remote_code", "False") == "False" and given.get("shell", "False") == "False"
-        ), ast.unparse(node)
-        assert name not in (
-            "eval",
-            "exec",
-            "compile",
-            "__import__",
-            "os.system",
-            "os.popen",
-            "pickle.load",
-            "pickle.loads",
-            "torch.load",
-            "yaml.unsafe_load",
-            "yaml.full_load",
-            "joblib.load",
-            "shelve.open",
-            "marshal.loads",
-        ), ast.unparse(node)
-        if name == "yaml.load":
-            assert f"class {ast.unparse(node.args[1])}(yaml.SafeLoader)" in path.read_text(
-                encoding="utf-8"
-            ), ast.unparse(node)
-        if name.endswith(".from_pretrained") and name.startswith("Auto"):
-            assert (
-                given.get("trust_remote_code") == "False"
-                or "gguf_file" in ast.unparse(node)
-                or "where" in ast.unparse(node)
-            ), ast.unparse(node)
+    paths = [PROJECT / "kardia_lite.py", *sorted((PROJECT / "kardia").rglob("*.py"))]
+    assert len(paths) > 30
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        for node in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            where, name = f"{path}: {ast.unparse(node)}", ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert given.get("trust_remote_code", "False") == "False" == given.get("shell", "False"), where
+            assert name not in FORBIDDEN.split(), where
+            if name == "yaml.load":
+                assert f"class {ast.unparse(node.args[1])}(yaml.SafeLoader)" in text, where
+            if name.endswith(".from_pretrained") and name.startswith("Auto"):
+                ours = "gguf_file" in where or "where" in ast.unparse(node)
+                assert given.get("trust_remote_code") == "False" or ours, where

@@ -1,4 +1,4 @@
-"""Read and write files that are never half-written, lock directories, hash, and find the cache."""
+"""Read and write files that are never half-written, lock directories, hash files, and find the cache."""
 
 from __future__ import annotations
 
@@ -7,45 +7,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kardia.core.console import (
-    UserError,
-)
-
-
-def lock_directory(path: Path, taken: str):
-    """The lock of a directory, held until it is released or the process is gone, however it went. Raises UserError(taken)."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(taken) from None
-    return lock
-
-
-def unlock_directory(lock) -> None:
-    """Give a lock of `lock_of` back, and leave no file."""
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
-
+from kardia.core.console import UserError, one_line
 
 LONGEST_LINE = 16 << 20  # bytes
 
 
 def json_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, Any, str]]:
-    """(line number, value, "") of each line of a JSONL file that is not blank, or (number, None, what is wrong with it).
+    """Yield (line number, value, "") or (number, None, problem) per line of a JSONL file that is not blank.
 
-    One line is in memory at a time, and none of more than 16 MB. BOM and CRLF are fine; U+2028 inside a text ends no line. NaN
-    is no JSON, half a surrogate pair is no text. Raises UserError where a line is not UTF-8 (not `strict`: it is wrong like others).
+    One line is in memory at a time, and none of more than 16 MB. A BOM and CRLF are accepted; U+2028 inside a
+    text does not end a line. NaN is not JSON, half a surrogate pair is not text. Raises UserError for a line
+    that is not UTF-8; without `strict` such a line is a problem like the others.
     """
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON")
-
     with open(path, "rb") as file:
         number = 0
         while raw := file.readline(LONGEST_LINE):
@@ -56,30 +33,47 @@ def json_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, Any, str]
                 yield number, None, f"a line of over {LONGEST_LINE >> 20} MB"
                 continue
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "strict" if strict else "replace")
             except UnicodeDecodeError as error:
-                if strict:
-                    raise UserError(
-                        f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); convert it"
-                    ) from error
-                line = "\ufffd"
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line, parse_constant=refuse)
-                if r"\ud" in line or r"\uD" in line:
-                    json.dumps(value, ensure_ascii=False).encode()
-                yield number, value, ""
-            except UnicodeEncodeError:
-                yield number, None, "half a surrogate pair"
-            except RecursionError:
-                yield number, None, f"{line.strip()[:40]!r} (nested too deeply)"
-            except ValueError as error:
-                yield number, None, f"{line.strip()[:40]!r} ({str(getattr(error, 'msg', error))[:80]})"
+                problem = f"not UTF-8 text (byte {error.start} of the line); convert it"
+                raise UserError(f"{path}:{number}: {problem}") from error
+            if line.strip():
+                yield number, *_json_value(line)
+
+
+def _json_value(line: str) -> tuple[Any, str]:
+    """Return (value, "") of one line of JSON, or (None, the problem)."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        value = json.loads(line, parse_constant=refuse)
+        if r"\ud" in line or r"\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        return value, ""
+    except UnicodeEncodeError:
+        return None, "half a surrogate pair"
+    except RecursionError:
+        return None, f"{line.strip()[:40]!r} (nested too deeply)"
+    except ValueError as error:
+        return None, f"{line.strip()[:40]!r} ({str(getattr(error, 'msg', error))[:80]})"
+
+
+def small_json(path: Path, most: int) -> Any:
+    """Return the value of a JSON file of at most `most` bytes. Raises UserError for any other file."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"over {most >> 10:,} kB")
+        return json.loads(text.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)})") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """To a temporary name, then renamed: a reader never sees half a file."""
+    """Write a file under a temporary name, then rename it: nobody ever reads half of it. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "w", encoding="utf-8", errors="replace", newline="\n") as file:
@@ -87,48 +81,19 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            error.errno, error.strerror, str(path)
-        ) from error  # with the name, which a full disk's error lacks
+    except OSError as error:  # that of a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, first 16 digits; of a directory: of its config and weights."""
-    digest = hashlib.sha256()
-    files = (
-        sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
-        if path.is_dir()
-        else [path]
-    )
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def cache_directory() -> Path:
-    path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def file_lock(target: Path):
-    """A lock between processes: the second one waits until the first has made `target`, then finds it there."""
-    from filelock import FileLock
-
-    return FileLock(target.with_name(f".{target.name}.lock"))
-
-
 def temporary_path(path: Path) -> Path:
-    """The temporary name beside `path` that is renamed to it once complete; a leftover of a killed run is removed."""
+    """Return a temporary name beside `path`, to be renamed later; the leftover of a killed run is removed."""
     temporary = path.with_name(f".{path.name}.part")
     if temporary.is_dir():
         shutil.rmtree(temporary)
@@ -137,5 +102,77 @@ def temporary_path(path: Path) -> Path:
     return temporary
 
 
-def digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+_hashes: dict[tuple, str] = {}  # of large files and directories, by (path, size, time of change) of each file
+
+
+def file_hash(path: Path) -> str:
+    """Return the first 16 digits of a file's sha256; of a directory, of its configuration and weights."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+    stats = [file.stat() for file in files]
+    key = tuple((str(file.absolute()), s.st_size, s.st_mtime_ns) for file, s in zip(files, stats))
+    if key in _hashes:
+        return _hashes[key]
+    sha = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                sha.update(block)
+    # 15 GB of a 7B model take up to a minute. Small files are read again: two versions of one size may be
+    # written within one tick of the clock.
+    if sum(s.st_size for s in stats) > 1 << 26:
+        _hashes[key] = sha.hexdigest()[:16]
+    return sha.hexdigest()[:16]
+
+
+def digest(data: bytes) -> str:
+    """Return the first 16 digits of the sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def cache_directory() -> Path:
+    """Create and return the directory for what can be made again: KARDIA_CACHE, else ~/.cache/kardia-lite."""
+    path = Path(os.environ.get("KARDIA_CACHE") or Path.home() / ".cache" / "kardia-lite")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def file_lock(target: Path):
+    """Return a lock between processes: the second one waits until the first has made `target`."""
+    from filelock import FileLock
+
+    return FileLock(target.with_name(f".{target.name}.lock"))
+
+
+def lock_directory(path: Path, taken: str):
+    """Lock the file `path` until it is released or the process ends in any way. Raises UserError(taken)."""
+    from filelock import FileLock, Timeout
+
+    try:
+        lock = FileLock(path)
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        raise UserError(taken) from None
+
+
+def unlock_directory(lock) -> None:
+    """Release a lock of `lock_directory` and remove its file."""
+    # Removed while it is held: else another process could take the lock of a file that is about to go.
+    # Windows refuses to remove an open file; there filelock does it on release.
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def shortest_names(paths: list[str]) -> list[str]:
+    """Return a name per path: its last part, or as many last parts as tell it from the others."""
+    names = []
+    for path in paths:
+        parts, length = Path(path).parts, 1
+        others = [Path(other).parts for other in paths if other != path]
+        while length < len(parts) and any(parts[-length:] == other[-length:] for other in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names

@@ -1,4 +1,4 @@
-"""A run directory: what was asked, with what, from where; its records; who may write to it."""
+"""Hold a run directory: what was asked, with what, from where; its records; and who may write to it."""
 
 from __future__ import annotations
 
@@ -12,213 +12,184 @@ from typing import Any
 
 from kardia.core import distributed
 from kardia.core.console import UserError, say
-from kardia.core.files import (
-    json_lines,
-    lock_directory,
-    unlock_directory,
-    write_json,
-    write_text,
-)
+from kardia.core.files import json_lines, lock_directory, unlock_directory, write_json, write_text
 from kardia.core.machine import describe_machine, versions
 
-STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # a run's records, each line of one step
+STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # each line of them belongs to one step
 
 
 class Run:
-    """A run directory: run.json (what was asked, with what, from where), log.jsonl, completions.jsonl, adapter/, ...
+    """A run directory: run.json (what was asked, with what, from where), log.jsonl, adapter/ and so on.
 
-    Reading needs no lock. Who writes has it (`create`, and `with` gives it back): a second process is refused. Of processes that
-    train together the first one writes.
+    Reading needs no lock. A writer holds one (`create` takes it, the end of a `with` block releases it), and
+    a second process is refused. Of several processes that train one model, only the first one writes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = Path(path), None
-        if not (self.path / "run.json").is_file():
-            raise UserError(
-                f"{self.path}: not a run directory (no run.json); `sft` and `grpo` make one with --out"
-            )
-        stay_inside(self.path)
+        file = self.path / "run.json"
+        if not file.is_file():
+            raise UserError(f"{path}: not a run directory (no run.json); sft and grpo make one with --out")
+        _check_links(self.path)
         try:
-            self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            self.facts = _checked_facts(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}/run.json: damaged ({str(error)[:100]})") from error
-        if wrong := _wrong_facts(self.facts):
-            raise UserError(f"{self.path}/run.json: damaged ({wrong})")
+            raise UserError(f"{file}: damaged ({str(error)[:100]})") from error
 
     @classmethod
     def create(cls, path: Path, command: str, options: Any, resume: bool, **facts: Any) -> Run:
-        """A new run directory, or with `resume` the one that is there, if it was asked for the same with the same files."""
-        made = distributed.first(lambda: cls._create(Path(path), command, options, resume, facts))
-        return made or cls(path)  # of another machine: the directory must be one that all of them see
+        """Return a new run, or with `resume` the existing one if options and files are the same."""
+        run = distributed.first(lambda: cls._create(Path(path), command, options, resume, facts))
+        return run or cls(path)  # the other processes must see the same directory
 
     @classmethod
     def _create(cls, path: Path, command: str, options: Any, resume: bool, facts: dict[str, Any]) -> Run:
-        new = not path.is_dir() or all(
-            name.startswith(".") for name in os.listdir(path)
-        )  # a killed start leaves hidden files only
-        if not resume and (path.exists() and not path.is_dir() or not new):
+        # A start that was killed leaves only hidden files.
+        new = not path.exists() or path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())
+        if not new and not (resume and path.is_dir()):
             raise UserError(f"{path}: exists already; choose another --out, or --resume to go on with it")
+        lock = _lock_for_writing(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            stay_inside(path)
-            lock = lock_directory(
-                path / ".lock", f"{path}: another process is working on this run; wait for it, or stop it"
-            )
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made or written to ({error.strerror})") from error
-        try:
-            asked = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
             if resume and new:
                 say(f"{path}: nothing to go on with there; beginning")
+            asked = _as_json(dataclasses.asdict(options))
             if new:
-                write_json(
-                    path / "run.json",
-                    {
-                        "command": command,
-                        "options": asked,
-                        "seed": options.seed,
-                        "versions": versions(),
-                        "machine": describe_machine(),
-                        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                        "status": "running",
-                        **facts,
-                    },
-                )
+                started = time.strftime("%Y-%m-%dT%H:%M:%S")
+                first = {"command": command, "options": asked, "seed": options.seed, "versions": versions()}
+                first |= {"machine": describe_machine(), "started": started, "status": "running"}
+                write_json(path / "run.json", first | facts)
             run = cls(path)
-            run._same(options, asked, facts.get("hashes", {}))
+            run._check_same(options, asked, facts.get("hashes", {}))
         except BaseException:
             unlock_directory(lock)
             raise
         run._lock = lock
         return run
 
-    def _same(self, options: Any, asked: dict[str, Any], hashes: dict[str, str]) -> None:
-        """Raises UserError unless the run was asked for the same, with the same files."""
-        free = {
-            f.name for f in dataclasses.fields(options) if f.metadata.get("free")
-        }  # what changes no number of the run
-        had = {
-            f.name: str(f.default) if isinstance(f.default, Path) else f.default
-            for f in dataclasses.fields(options)
-        } | self.facts["options"]  # an older version knew fewer
-        if changed := [k for k, v in asked.items() if had[k] != v and k not in free]:
-            raise UserError(
-                f"{self.path}: --resume with another --{changed[0].replace('_', '-')} ({asked[changed[0]]!r}; the run has {had[changed[0]]!r}); repeat the run's own options"
-            )
+    def _check_same(self, options: Any, asked: dict[str, Any], hashes: dict[str, str]) -> None:
+        """Raise UserError unless the run was asked for the same, with the same files."""
+        # An older version had fewer options: their defaults hold. A free option changes no number of the run.
+        fields = {field.name: field for field in dataclasses.fields(options)}
+        recorded = _as_json({name: field.default for name, field in fields.items()}) | self.facts["options"]
+        for name, value in asked.items():
+            if recorded[name] != value and not fields[name].metadata.get("free"):
+                flag = f"--{name.replace('_', '-')} ({value!r}; the run has {recorded[name]!r})"
+                raise UserError(f"{self.path}: --resume with another {flag}; repeat the run's own options")
         before = self.facts.get("hashes") or {}
-        if other := [name for name, value in hashes.items() if before.get(name, value) != value]:
-            raise UserError(
-                f"{self.path}: --resume, but the {other[0]} is not what it was when the run began ({before[other[0]]}, now {hashes[other[0]]}); put the old one back, or begin another run"
-            )
+        for name, value in hashes.items():
+            if before.get(name, value) != value:
+                changed = f"the {name} is not what it was when the run began ({before[name]}, now {value})"
+                fix = "put the old one back, or begin another run"
+                raise UserError(f"{self.path}: --resume, but {changed}; {fix}")
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self._lock is not None:
             unlock_directory(self._lock)
             self._lock = None
 
     @property
     def done(self) -> bool:
-        return (
-            self.facts.get("status") == "done"
-            and (self.path / "adapter" / "adapter_model.safetensors").is_file()
-        )
+        """Return whether training ended and its adapter is there."""
+        has_adapter = (self.path / "adapter" / "adapter_model.safetensors").is_file()
+        return self.facts.get("status") == "done" and has_adapter
+
+    @property
+    def adapter(self) -> Path:
+        """Return the directory of the trained adapter. Raises UserError if there is none yet."""
+        path = self.path / "adapter"
+        if not (path / "adapter_config.json").is_file():
+            status = self.facts.get("status", "unfinished")
+            raise UserError(f"{self.path}: no adapter/ (the run is {status}); finish it with --resume")
+        return path
 
     def update(self, **facts: Any) -> None:
+        """Set facts of run.json and write it."""
         self.facts.update(facts)
         if distributed.rank() == 0:
             write_json(self.path / "run.json", self.facts)
 
     def append(self, name: str, records: list[dict]) -> None:
-        """Add lines to a .jsonl file: all of them, or (a full disk) none."""
+        """Add lines to a .jsonl file: all of them, or none if the disk is full (UserError)."""
         if distributed.rank():
             return
-        path, data = (
-            self.path / name,
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(
-                "utf-8", errors="replace"
-            ),
-        )
+        path = self.path / name
+        data = _lines(records).encode("utf-8", errors="replace")
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
             try:
-                while data:
+                while data:  # unbuffered writing may take only a part
                     data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError as error:
                 file.truncate(size)
-                raise UserError(
-                    f"{path}: cannot be written ({error.strerror}); make room, then the same command with --resume goes on"
-                ) from error
+                fix = "make room, then the same command with --resume goes on"
+                raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
 
     def rewind(self, step: int) -> None:
-        """Before going on from `step`: forget what was recorded after it (it will be recorded again), and lines that a kill tore."""
+        """Remove what was recorded after `step` (it is recorded again) and lines that a kill cut short."""
         if distributed.rank():
             return
-        for name in STEP_FILES:
-            if (path := self.path / name).exists():
-                kept = [
-                    json.dumps(row, ensure_ascii=False) + "\n"
-                    for _, row, _ in json_lines(path, strict=False)
-                    if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step
-                ]
-                write_text(path, "".join(kept))
-
-    @property
-    def adapter(self) -> Path:
-        if not (self.path / "adapter" / "adapter_config.json").is_file():
-            raise UserError(
-                f"{self.path}: no adapter/ (the run is {self.facts.get('status', 'unfinished')}); finish it with --resume"
-            )
-        return self.path / "adapter"
+        for path in (self.path / name for name in STEP_FILES if (self.path / name).exists()):
+            rows = [row for _, row, _ in json_lines(path, strict=False) if isinstance(row, dict)]
+            rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
+            write_text(path, _lines(rows))
 
 
-def _wrong_facts(facts: Any) -> str | None:
-    """What of a run.json cannot be, in a few words."""
-    if not isinstance(facts, dict):
-        return "not a JSON object"
-    kinds = {
-        "command": str,
-        "options": dict,
-        "model": str,
-        "base": str,
-        "base_hash": str,
-        "bits": int,
-        "hashes": (dict, type(None)),
-        "base_gguf": (str, type(None)),
-        "ladder": (list, type(None)),
-        "setting": (dict, type(None)),
-    }
-    facts.setdefault("options", {})
-    if odd := [
-        key
-        for key, kind in kinds.items()
-        if (key in facts or key == "command") and not isinstance(facts.get(key), kind)
-    ]:
-        return f"{odd[0]} is {'missing' if odd[0] not in facts else type(facts[odd[0]]).__name__}"
-    form = facts.get("form")
-    texts = isinstance(form, dict) and [
-        *(form.get("spans") or ["?"]),
-        *(form.get("hints") or ["?"]),
-        form.get("label"),
-        form.get("reply"),
-        form.get("system"),
-    ]
-    if form is not None and not (
-        texts
-        and all(isinstance(t, str) for t in texts)
-        and len(form["spans"]) == len(form["hints"])
-        and all(re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) for name in form["spans"])
-    ):
-        return "form is not one of spans, hints, label, reply and system"
-    return None
+def _lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def stay_inside(directory: Path) -> None:
-    """A link in a run directory that leads out of it would have us write or delete there: refused."""
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def _lock_for_writing(path: Path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _check_links(path)
+        busy = f"{path}: another process is working on this run; wait for it, or stop it"
+        return lock_directory(path / ".lock", busy)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made or written to ({error.strerror})") from error
+
+
+def _check_links(directory: Path) -> None:
+    # We would write or delete at the other end of a link.
     home = directory.resolve()
     for path in directory.iterdir():
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise UserError(f"{path}: a link that leads out of the directory; put the thing itself there")
+
+
+# The type of each value of run.json that the code relies on; all but `command` may be missing. Of version 1:
+# `form` (the answer format), `ladder` (what was lowered for want of memory), `setting` (the memory plan).
+FACT_TYPES = {"command": str, "options": dict, "model": str, "base": str, "base_hash": str, "bits": int}
+FACT_TYPES |= dict.fromkeys(("hashes", "setting", "form"), (dict, type(None)))
+FACT_TYPES |= {"base_gguf": (str, type(None)), "ladder": (list, type(None))}
+
+
+def _checked_facts(facts: Any) -> dict[str, Any]:
+    """Return the value of run.json. Raises ValueError, in a few words, if no run can have written it."""
+    if not isinstance(facts, dict) or "command" not in facts:
+        raise ValueError("not a JSON object with a command")
+    facts.setdefault("options", {})
+    for name, kind in FACT_TYPES.items():
+        if name in facts and not isinstance(facts[name], kind):
+            raise ValueError(f"{name} is {type(facts[name]).__name__}")
+    if facts.get("form") is not None and not _is_answer_format(facts["form"]):
+        raise ValueError("form is not one of spans, hints, label, reply and system")
+    return facts
+
+
+def _is_answer_format(form: dict[str, Any]) -> bool:
+    spans, hints = form.get("spans"), form.get("hints")
+    if not isinstance(spans, list) or not isinstance(hints, list) or not spans or len(spans) != len(hints):
+        return False
+    texts = [*spans, *hints, form.get("label"), form.get("reply"), form.get("system")]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    # The names of spans become part of regular expressions.
+    return all(re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) for name in spans)

@@ -1,241 +1,179 @@
-"""What a mix of data files holds, seen from outside: balance, lengths, repeats, and what leaks from one file into another.
-
-Near-duplicates are found by the overlap of five-word runs (shingles). Each text keeps only its SKETCH smallest shingle
-hashes, an unbiased sample of the set (Broder 1997, "On the resemblance and containment of documents"), so memory and time
-grow with the number of texts and not with their pairs.
-"""
+"""Describe a mix of data files: balance, lengths, near-duplicates, and persons in more than one file."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, median
 from typing import Any
 
-from kardia.data.rows import NO_PROFILE, split_spans
+from kardia.core.console import shorten
+from kardia.data.rows import MARKER, NO_PROFILE, split_spans
 
-RUN = 5  # words in a shingle
-SKETCH = 128  # hashes kept per text: shorter texts are compared exactly, longer ones to about 0.04
-ALIKE = 0.3  # Jaccard of shingles from which two texts count as near-duplicates: about half their words stand in shared runs
-CROWD = 100  # at most so many earlier texts are looked up per shingle; a frame that thousands share would cost their square
-CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts written without spaces: each sign is a word
-WORD = re.compile(rf"[{CHARACTER}]|[^\W{CHARACTER}]+(?:['\u2019][^\W{CHARACTER}]+)*")
-MARKER = re.compile(r"<\|\w+?_(?:begin|end)\|>")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts that say nearly the same: their indices (first < second) and the Jaccard similarity of their shingles."""
-
-    first: int
-    second: int
-    similarity: float
+RUN = 5  # words of a run
+ALIKE = 0.3  # Jaccard index of runs: about half the words of two such texts stand in shared runs
+NEIGHBOURS = 30  # a run that thousands share links a text with so many earlier ones and not with all
+SIGN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts without spaces: each sign is a word
+WORD = re.compile(rf"[{SIGN}]|[^\W{SIGN}]+(?:['\u2019][^\W{SIGN}]+)*")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; compatibility forms and typographic apostrophes folded."""
+    """Return lower-case words without punctuation; compatibility forms and apostrophes are folded."""
     return [word.replace("\u2019", "'") for word in WORD.findall(unicodedata.normalize("NFKC", text).lower())]
 
 
-def shingles(text: str) -> set[int]:
-    """64-bit hashes of every run of five words; a shorter text is one run."""
-    found = words(text)
-    runs = (" ".join(found[i : i + RUN]) for i in range(max(1, len(found) - RUN + 1)))
-    return {int.from_bytes(blake2b(run.encode(), digest_size=8).digest(), "big") for run in runs if run}
+def near_duplicates(texts: Iterable[str], threshold: float = ALIKE) -> list[tuple[int, int, float]]:
+    """Return (earlier text, text, Jaccard index of their five-word runs) of near-duplicates.
 
-
-def near_duplicates(texts: Iterable[str], threshold: float = ALIKE) -> list[Pair]:
-    """For every text that has an earlier near-duplicate: the pair with the most similar one. Empty texts match nothing."""
-    sketches: list[frozenset[int]] = []
-    exact: dict[frozenset[int], int] = {}
-    index: dict[int, list[int]] = defaultdict(list)
-    pairs = []
+    The earlier text is the most similar one. Texts of the same words have 1.0, an empty text matches nothing,
+    and a text of fewer than five words is one run.
+    """
+    first_with, holders, sizes, pairs = {}, {}, {}, []  # holders: run -> the last texts with it
     for number, text in enumerate(texts):
-        sketch = frozenset(sorted(shingles(text))[:SKETCH])
-        sketches.append(sketch)
-        if not sketch:
+        found = words(text)
+        first = first_with.setdefault(" ".join(found), number)
+        if found and first < number:
+            pairs.append((first, number, 1.0))
+        if not found or first < number:
             continue
-        if sketch in exact:
-            pairs.append(Pair(exact[sketch], number, 1.0))
-            continue
-        exact[sketch] = number
-        shared = Counter(other for shingle in sketch for other in index[shingle])
-        similar = [
-            (resemblance(sketch, sketches[other]), -other)
-            for other, n in shared.items()
-            if n >= threshold / 2 * min(len(sketch), len(sketches[other]))
-        ]
-        if similar and max(similar)[0] >= threshold:
-            best, other = max(similar)
-            pairs.append(Pair(-other, number, best))
-        for shingle in sketch:
-            if len(index[shingle]) < CROWD:
-                index[shingle].append(number)
+        # Hashes, not runs, are kept: 20,000 texts of 60 words have a million.
+        runs = {hash(run) for run in zip(*(found[i:] for i in range(RUN)))} or {hash(tuple(found))}
+        shared, mine, sizes[number] = Counter(), (number,), len(runs)
+        for run in runs:
+            earlier = holders.get(run, ())
+            shared.update(earlier)
+            holders[run] = earlier[1 - NEIGHBOURS :] + mine if earlier else mine
+        alike = {i: n / (sizes[i] + len(runs) - n) for i, n in shared.items()}
+        first = max(alike, key=lambda i: (alike[i], -i), default=number)  # the earliest of equals
+        if alike.get(first, -1.0) >= threshold:
+            pairs.append((first, number, alike[first]))
     return pairs
 
 
-def resemblance(a: frozenset[int], b: frozenset[int]) -> float:
-    """Jaccard similarity of two shingle sets from their sketches: the share of common hashes among the smallest of the union."""
-    smallest = sorted(a | b)[:SKETCH]
-    return sum(hash_ in a and hash_ in b for hash_ in smallest) / len(smallest)
-
-
 def question(row: Any) -> str:
-    """What evaluation asks of a row: the situation and the first user turn."""
+    """Return what evaluation asks of a row: the situation and the first user turn."""
     return f"{row.situation}\n{row.messages[0][1]}"
 
 
 def answers(row: Any) -> str:
-    """All the assistant's spans of a row, without their markers."""
+    """Return all the assistant's spans of a row, without their markers."""
     return " ".join(MARKER.sub(" ", content) for role, content in row.messages if role == "assistant")
 
 
 def file_of(row: Any) -> str:
+    """Return the file name of a row's `where`, which is `file:line`."""
     return row.where.rsplit(":", 1)[0]
 
 
 def leaks(rows: Sequence[Any]) -> list[tuple[str, list[str]]]:
-    """Persons who stand in more than one file, known by profile or by user name: (profile, the files)."""
-    files: dict[str, set[str]] = defaultdict(set)
-    known = [
-        (
-            row,
-            [
-                key
-                for key in (" ".join(words(row.person)), "@" + row.anon_username.strip().lower())
-                if key != "@"
-            ],
-        )
-        for row in rows
-        if row.person.strip() != NO_PROFILE
-    ]
-    for row, keys in known:
-        for key in keys:
+    """Return (profile, files) of the persons in more than one file, known by profile or by user name."""
+    files, shared, known = defaultdict(set), {}, [row for row in rows if row.person.strip() != NO_PROFILE]
+    for row in known:
+        # One person may be written in two ways, or have a profile that grew: either key is enough.
+        for key in _keys(row):
             files[key].add(file_of(row))
-    out: dict[str, list[str]] = {}
-    for row, keys in known:
-        shared = max((files[key] for key in keys), key=len)
-        if len(shared) > 1:
-            out.setdefault(row.person, sorted(shared))
-    return list(out.items())
+    for row in known:
+        most = max((files[key] for key in _keys(row)), key=len)
+        if len(most) > 1:
+            shared.setdefault(row.person, sorted(most))
+    return list(shared.items())
 
 
-# ---------------------------------------------------------------- the lines of `data check`
+def _keys(row: Any) -> list[str]:
+    name = row.anon_username.strip().lower()
+    return [" ".join(words(row.person)), *([f"@{name}"] if name else [])]
 
 
 def describe(rows: Sequence[Any], labels: Sequence[str], named: str = "emotion") -> list[str]:
-    """Balance and lengths, as lines: rows per file, label (`named`) and person; words per span; commonest openings. Rows have `where`."""
-    out = []
-    by_file: dict[str, list[Any]] = defaultdict(list)
+    """Return the lines of balance and lengths: rows per file, label (`named`) and person; words per span."""
+    by_file = defaultdict(list)
     for row in rows:
         by_file[file_of(row)].append(row)
-    width = max(map(len, by_file))
-    out.append(
-        f"{'file':<{width}}  {'rows':>6} {'dialogues':>9} {'prompts':>7} {'persons':>7} {named + 's':>8}"
-    )
-    for name, part in [*by_file.items(), *([("all", rows)] if len(by_file) > 1 else [])]:
-        prompts = sum(row.is_prompt for row in part)
-        out.append(
-            f"{name:<{width}}  {len(part):>6} {len(part) - prompts:>9} {prompts:>7} {len({r.person for r in part}):>7} {len({r.label for r in part}):>8}"
-        )
-    counts = [Counter(row.label for row in part) for part in by_file.values()]
-    if all(len(set(count.values())) == 1 and len(count) == len(labels) for count in counts):
-        out.append(
-            f"rows per {named}: "
-            + ", ".join(
-                f"{next(iter(count.values()))} of each of the {len(labels)} in {name}"
-                for name, count in zip(by_file, counts)
-            )
-        )
-    else:
-        out.append(f"rows per {named}{' (' + ' + '.join(by_file) + ')' if len(by_file) > 1 else ''}:")
-        total = sum(counts, Counter())
-        for label, n in sorted(total.items(), key=lambda pair: (-pair[1], pair[0])):
-            out.append(
-                f"  {label:<14} {n:>6}{'  = ' + ' + '.join(str(count[label]) for count in counts) if len(by_file) > 1 else ''}"
-            )
-        if missing := [label for label in labels if label not in total]:
-            out.append(f"  without any row: {', '.join(missing)}")
     people = Counter(row.person for row in rows)
-    most, n = people.most_common(1)[0]
-    out.append(
-        f"rows per person: {min(people.values())} to {n}, median {median(people.values()):g}; the most: {shorten(most, 60)}"
-    )
-    spans: dict[str, list[str]] = defaultdict(list)
+    (most, n), fewest, middle = people.most_common(1)[0], min(people.values()), median(people.values())
+    person = f"rows per person: {fewest} to {n}, median {middle:g}; the most: {shorten(most)}"
+    return [*_files(by_file, rows, named), *_labels(by_file, labels, named), person, *_spans(rows, named)]
+
+
+def _files(by_file: dict[str, list], rows: Sequence[Any], named: str) -> Iterator[str]:
+    width = max(map(len, by_file))
+    yield f"{'file':<{width}}  {'rows':>6} {'dialogues':>9} {'prompts':>7} {'persons':>7} {named + 's':>8}"
+    parts = [*by_file.items(), ("all", rows)]
+    for name, part in parts if len(by_file) > 1 else parts[:1]:
+        prompts = sum(row.is_prompt for row in part)
+        persons, labels = len({row.person for row in part}), len({row.label for row in part})
+        numbers = f"{len(part):>6} {len(part) - prompts:>9} {prompts:>7} {persons:>7} {labels:>8}"
+        yield f"{name:<{width}}  {numbers}"
+
+
+def _labels(by_file: dict[str, list], labels: Sequence[str], named: str) -> Iterator[str]:
+    counts = {name: Counter(row.label for row in part) for name, part in by_file.items()}
+    if all(len(set(n.values())) == 1 and len(n) == len(labels) for n in counts.values()):
+        parts = [f"{max(n.values())} of each of the {len(labels)} in {name}" for name, n in counts.items()]
+        yield f"rows per {named}: {', '.join(parts)}"
+        return
+    names = f" ({' + '.join(counts)})" if len(counts) > 1 else ""
+    yield f"rows per {named}{names}:"
+    total = sum(counts.values(), Counter())
+    for label, n in sorted(total.items(), key=lambda pair: (-pair[1], pair[0])):
+        parts = " + ".join(str(part[label]) for part in counts.values())
+        yield f"  {label:<14} {n:>6}" + (f"  = {parts}" if len(counts) > 1 else "")
+    if missing := [label for label in labels if label not in total]:
+        yield f"  without any row: {', '.join(missing)}"
+
+
+def _spans(rows: Sequence[Any], named: str) -> Iterator[str]:
+    spans, other = defaultdict(list), 0
     for row in rows:
         for role, content in row.messages:
-            if role == "assistant":
-                for name, text in split_spans(content):
-                    spans[name].append(text)
-    lengths = {name: [len(text.split()) for text in texts] for name, texts in spans.items() if name != named}
-    if lengths:
-        out.append(
-            "words per span, mean (shortest to longest): "
-            + ", ".join(f"{name} {mean(n):.0f} ({min(n)} to {max(n)})" for name, n in lengths.items())
-        )
-    for name in lengths:
-        opening, n = Counter(" ".join(words(text)[:4]) for text in spans[name]).most_common(1)[0]
-        if n > max(2, 0.02 * len(spans[name])):
-            out.append(
-                f"warning: {n} of {len(spans[name])} {name} spans begin with {opening!r}; a model will learn the phrase, not the person"
-            )
-    other = sum(
-        text.strip() != row.label
-        for row in rows
-        for role, content in row.messages
-        if role == "assistant"
-        for name, text in split_spans(content)
-        if name == named
-    )
+            for name, text in split_spans(content) if role == "assistant" else []:
+                spans[name].append(text)
+                other += name == named and text != row.label
+    answered = len(spans.pop(named, []))
+    if spans:
+        lengths = {name: [len(text.split()) for text in texts] for name, texts in spans.items()}
+        parts = [f"{name} {mean(n):.0f} ({min(n)} to {max(n)})" for name, n in lengths.items()]
+        yield f"words per span, mean (shortest to longest): {', '.join(parts)}"
+    for name, texts in spans.items():
+        opening, n = Counter(" ".join(words(text)[:4]) for text in texts).most_common(1)[0]
+        if n > max(2, 0.02 * len(texts)):  # two of a kind happen by chance
+            learned = "a model will learn the phrase, not the person"
+            yield f"warning: {n} of {len(texts)} {name} spans begin with {opening!r}; {learned}"
     if other:
-        out.append(
-            f"note: {other} of {len(spans[named])} answers name another {named} than their row (fine where it changes; the {named} reward wants the row's)"
-        )
-    return out
+        fine = f"fine where it changes; the {named} reward wants the row's"
+        yield f"note: {other} of {answered} answers name another {named} than their row ({fine})"
 
 
 def repeats(rows: Sequence[Any], shown: int = 3) -> list[str]:
-    """Near-duplicate questions and answers and persons shared between files, as lines."""
+    """Return the lines of near-duplicate questions and answers and of persons shared between files."""
     out = []
     for what, text in (("questions (situation and first turn)", question), ("answers", answers)):
         pairs = near_duplicates(map(text, rows))
-        across = [pair for pair in pairs if file_of(rows[pair.first]) != file_of(rows[pair.second])]
-        within = [pair for pair in pairs if file_of(rows[pair.first]) == file_of(rows[pair.second])]
-        if pairs:
-            files = f", {len(across)} of them between files" if across else ""
-            out.append(f"warning: {len(pairs)} near-duplicate {what}{files}")
-            for pair in [*across, *within][:shown]:
-                out.append(
-                    f"  {rows[pair.second].where} is like {rows[pair.first].where} ({pair.similarity:.2f} of five-word runs shared)"
-                )
-        else:
-            out.append(f"near-duplicate {what}: none")
-    if found := leaks(rows):
-        out.append(
-            f"warning: {len(found)} persons stand in more than one file; a person must not be in both training and evaluation"
-        )
-        out += [f"  {shorten(person, 60)} in {' and '.join(files)}" for person, files in found[:shown]]
+        across = [pair for pair in pairs if file_of(rows[pair[0]]) != file_of(rows[pair[1]])]
+        within = [pair for pair in pairs if file_of(rows[pair[0]]) == file_of(rows[pair[1]])]
+        files = f", {len(across)} of them between files" if across else ""
+        some, none = f"warning: {len(pairs)} near-duplicate {what}{files}", f"near-duplicate {what}: none"
+        out.append(some if pairs else none)
+        for first, second, similarity in [*across, *within][:shown]:
+            share = f"{similarity:.2f} of five-word runs shared"
+            out.append(f"  {rows[second].where} is like {rows[first].where} ({share})")
+    if persons := leaks(rows):
+        rule = "a person must not be in both training and evaluation"
+        out.append(f"warning: {len(persons)} persons stand in more than one file; {rule}")
+        out += [f"  {shorten(person)} in {' and '.join(files)}" for person, files in persons[:shown]]
     elif len({file_of(row) for row in rows}) > 1:
         out.append("persons shared between files: none")
     return out
 
 
 def histogram(lengths: Sequence[int], limit: int, bins: int = 10) -> list[str]:
-    """Token counts as text bars, one row per bin; the bin that holds the limit is marked."""
-    low, high = min(lengths), max(lengths)
+    """Return token counts as text bars, one line per bin; the bin that holds the limit is marked."""
+    low, high, out = min(lengths), max(lengths), []
     width = max(1, -(-(high - low + 1) // bins))
-    out = []
     for start in range(low, high + 1, width):
         n = sum(start <= length < start + width for length in lengths)
         mark = "  <- limit" if start <= limit < start + width else ""
         out.append(f"  {start:>6}-{start + width - 1:<6} {n:>6} {'#' * -(-40 * n // len(lengths))}{mark}")
     return out
-
-
-def shorten(text: str, limit: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,23 +1,33 @@
-"""rubrics.yaml as a checked record: what an answer looks like, criteria, judge wording, reward weights, labels."""
+"""Read rubrics.yaml into a checked record: answer format, criteria, reward weights, labels, guards."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kardia.core.console import CONTROL, UserError, shorten
-from kardia.core.files import digest as short_hash
+from kardia.core.files import digest
 
 LARGEST = 256 << 10  # bytes: a minute of pure Python's YAML would pass for a hang
+METHODS = ("ask", "contrast", "pmi", "likert")  # what each does: kardia/judge/judge.py
+HELD_OUT = "held_out"  # `ask` with the criterion's other question: a witness, no method to choose
+ROW_KEYS = set("person mbti situation anon_username messages".split())  # beside the label's key
+GUARDS = tuple(  # what each refuses: kardia/judge/guards.py
+    "too long to be read, empty, speaks to the judge, fakes a turn, markup, encoded, hides letters, "
+    "insult, echo, repeats itself, gibberish, other script".split(", ")
+)
 
 
 @dataclass(frozen=True)
 class Cue:
+    """The words after a reply, and the good and bad words that may follow them."""
+
     text: str
     good: tuple[str, ...]
     bad: tuple[str, ...]
@@ -25,7 +35,7 @@ class Cue:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer looks like. The default is Kardia-R1's four spans; `answer` in rubrics.yaml gives another."""
+    """What an answer looks like: Kardia-R1's four spans, or those of `answer` in rubrics.yaml."""
 
     spans: tuple[tuple[str, str], ...] = (  # (name, hint in the system prompt), in the order of an answer
         ("understanding", "who this is and what they need"),
@@ -33,55 +43,56 @@ class AnswerFormat:
         ("emotion", "one word"),
         ("response", "your reply, about 30 words"),
     )
-    label: str = "emotion"  # the span that must be exactly the row's label; also the row's key, and a component of the reward
+    label: str = "emotion"  # this span must be the row's label; a row's key and a reward component, too
     reply: str = "response"  # the span that the person reads, and the judge
     system: str = "You are a warm, attentive listener. Answer in four spans"
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the span names in the order of an answer."""
         return tuple(name for name, _ in self.spans)
 
     @cached_property
     def marker(self) -> re.Pattern:
+        """Return the pattern of one begin or end marker."""
         return re.compile(rf"<\|({'|'.join(self.names)})_(begin|end)\|>")
 
     @cached_property
     def whole(self) -> re.Pattern:
-        """All spans in order, nothing but spaces outside them."""
-        return re.compile(
-            r"\s*"
-            + r"\s*".join(rf"<\|{name}_begin\|>(?P<{name}>.*?)<\|{name}_end\|>" for name in self.names)
-            + r"\s*",
-            re.DOTALL,
-        )
+        """Return the pattern of an answer: all spans in order, nothing but spaces outside them."""
+        spans = [rf"<\|{name}_begin\|>(?P<{name}>.*?)<\|{name}_end\|>" for name in self.names]
+        return re.compile(r"\s*".join(["", *spans, ""]), re.DOTALL)
 
     def facts(self) -> dict[str, Any]:
-        """For run.json: what reads a run later must know its form, whatever rubrics.yaml says by then."""
-        return {
-            "spans": list(self.names),
-            "label": self.label,
-            "reply": self.reply,
-            "hints": [hint for _, hint in self.spans],
-            "system": self.system,
-        }
+        """Return the format for run.json: a run is read by it, whatever rubrics.yaml says by then."""
+        spans = {"spans": list(self.names), "hints": [hint for _, hint in self.spans]}
+        return {**spans, "label": self.label, "reply": self.reply, "system": self.system}
 
     @classmethod
     def of(cls, facts: dict[str, Any] | None) -> AnswerFormat:
-        return (
-            cls(tuple(zip(facts["spans"], facts["hints"])), facts["label"], facts["reply"], facts["system"])
-            if facts
-            else cls()
-        )
+        """Return the format that `facts` gave; the default one for a run that has none."""
+        if not facts:
+            return cls()
+        spans = tuple(zip(facts["spans"], facts["hints"]))
+        return cls(spans, facts["label"], facts["reply"], facts["system"])
 
 
 DEFAULT_FORMAT = AnswerFormat()
 
 
-METHODS = ("ask", "contrast", "pmi", "likert")  # what each does: kardia/judge.py
+def check_same_format(source: Any, facts: dict[str, Any], form: AnswerFormat) -> None:
+    """Raise UserError if a run (its run.json's facts) was trained on another answer format than `form`."""
+    trained = AnswerFormat.of(facts.get("form"))
+    if trained != form:
+        spans = f"{', '.join(trained.names)} (label {trained.label}, reply {trained.reply})"
+        fix = f"but the rubric asks for {', '.join(form.names)}; give the --rubric it was trained with"
+        raise UserError(f"{source}: was trained on answers of {spans}, {fix}")
 
 
 @dataclass(frozen=True)
 class Criterion:
+    """One thing the judge is asked about a reply."""
+
     name: str
     description: str
     weight: float
@@ -91,181 +102,61 @@ class Criterion:
     held_out: str = ""  # the same criterion in other words: asked now and then, never rewarded
 
     def cues_of(self, method: str) -> tuple[Cue, ...]:
-        """What follows the reply before the judge is read: a yes-or-no question, or the contrast cues."""
-        if method == "ask":
-            return (Cue(self.ask or f"\nIs it true that {self.description}? Answer:", (" yes",), (" no",)),)
-        if method == HELD_OUT:
-            return (Cue(self.held_out, (" yes",), (" no",)),)
-        return self.cues if method == "contrast" else ()
+        """Return what follows the reply before the judge is read: a question, or the contrast cues."""
+        if method == "contrast":
+            return self.cues
+        plain = f"\nIs it true that {self.description}? Answer:"
+        questions = {"ask": self.ask or plain, HELD_OUT: self.held_out}
+        return (Cue(questions[method], (" yes",), (" no",)),) if method in questions else ()
 
 
 @dataclass(frozen=True)
 class Rubric:
+    """What is rewarded, and how."""
+
     criteria: tuple[Criterion, ...]
     rewards: dict[str, float]  # component (format, the label's span, rubric) -> weight, summing to 1
-    emotions: dict[
-        str, tuple[str, ...]
-    ]  # label -> aliases (the labels are emotions where the task is empathy)
+    emotions: dict[str, tuple[str, ...]]  # label -> aliases (labels are emotions where the task is empathy)
     hash: str
     form: AnswerFormat = DEFAULT_FORMAT
+    guards: tuple[str, ...] | None = None  # the guards that apply; None: all
 
     @property
     def labels(self) -> dict[str, str]:
-        """Every label and alias, lower case -> label."""
+        """Return every label and alias in lower case -> label."""
         return {word.lower(): label for label, aliases in self.emotions.items() for word in (label, *aliases)}
 
     @property
     def weights(self) -> dict[str, float]:
+        """Return each criterion's weight by name."""
         return {criterion.name: criterion.weight for criterion in self.criteria}
 
     def without(self, names) -> Rubric:
-        """The same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
+        """Return the same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
         criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
         return dataclasses.replace(self, criteria=criteria)
 
 
-ROW_KEYS = {
-    "person",
-    "mbti",
-    "situation",
-    "anon_username",
-    "messages",
-}  # of every task; the label's key comes on top
+def load_rubric(path: Path) -> Rubric:
+    """Read and check rubrics.yaml. Raises UserError: one line that names file and key."""
+    check, root = _Checks(path), _read_yaml(path)
+    labels = "labels" if isinstance(root, dict) and "labels" in root else "emotions"  # one of the two keys
+    root = check.mapping("rubric", root, f"version rewards criteria {labels}", "answer guards")
+    check.expect(root["version"] == 1, "version", root["version"], "1")
+    form = check.answer_format(root["answer"]) if "answer" in root else DEFAULT_FORMAT
+    rewards = check.rewards(root["rewards"], f"format {form.label} rubric")
+    criteria = check.criteria(root["criteria"], weighted=rewards["rubric"] > 0)
+    emotions = check.labels(labels, root[labels])
+    guards = check.names("guards", root["guards"], GUARDS) if "guards" in root else None
+    hashed: list = [dataclasses.asdict(criterion) for criterion in criteria]
+    if guards is not None:  # without the key the hash is that of files that knew no guards: exams stay valid
+        hashed.append({"guards": guards})
+    hash = digest(json.dumps(hashed, sort_keys=True).encode())
+    return Rubric(criteria, rewards, emotions, hash, form, guards)
 
 
-@dataclass(frozen=True)
-class _Checks:
-    """Checks of decoded YAML values; each mistake is one line naming file and key."""
-
-    path: Path
-
-    def bad(self, key: str, found: Any, expected: str) -> UserError:
-        return UserError(
-            f"{self.path}: {shorten(key, 100)}: found {shorten(found)!r} / expected {shorten(expected, 300)}"
-        )
-
-    def mapping(self, key: str, value: Any, required: set[str], optional: set[str] = frozenset()) -> dict:
-        if not isinstance(value, dict):
-            raise self.bad(key, value, "a mapping")
-        if unknown := {shorten(name) for name in value} - required - optional:
-            raise self.bad(
-                f"{key}.{sorted(unknown)[0]}", "unknown key", ", ".join(sorted(required | optional))
-            )
-        if missing := required - set(value):
-            raise self.bad(f"{key}.{sorted(missing)[0]}", "nothing", "this key")
-        return value
-
-    def number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise self.bad(key, value, "a number from 0 up")
-        return float(value)
-
-    def text(self, key: str, value: Any, expected: str) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise self.bad(key, value, expected)
-        return value
-
-    def words(self, key: str, value: Any) -> tuple[str, ...]:
-        if (
-            not isinstance(value, list)
-            or not value
-            or not all(isinstance(word, str) and word for word in value)
-        ):
-            raise self.bad(key, value, "a list of words")
-        return tuple(value)
-
-    def criterion(self, key: str, entry: Any, taken) -> Criterion:
-        entry = self.mapping(
-            key, entry, {"name", "description", "weight", "method"}, {"cues", "ask", "held_out"}
-        )
-        if not isinstance(entry["name"], str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", entry["name"]):
-            raise self.bad(f"{key}.name", entry["name"], "lower-case letters, digits and underscores")
-        if entry["name"] in taken:
-            raise self.bad(f"{key}.name", entry["name"], "a name that is not used twice")
-        methods = tuple(entry["method"]) if isinstance(entry["method"], list) else (entry["method"],)
-        if (
-            not methods
-            or any(method not in METHODS for method in methods)
-            or len(set(methods)) < len(methods)
-        ):
-            raise self.bad(
-                f"{key}.method",
-                entry["method"],
-                f"one of {', '.join(METHODS)}, or a list of them for the exam to choose from",
-            )
-        cues = []
-        if not isinstance(entry.get("cues") or [], list):
-            raise self.bad(f"{key}.cues", entry["cues"], "a list of {text, good, bad}")
-        for j, cue in enumerate(entry.get("cues") or []):
-            at = f"{key}.cues[{j}]"
-            cue = self.mapping(at, cue, {"text", "good", "bad"})
-            cues.append(
-                Cue(
-                    self.text(f"{at}.text", cue["text"], "the words that come before good and bad"),
-                    self.words(f"{at}.good", cue["good"]),
-                    self.words(f"{at}.bad", cue["bad"]),
-                )
-            )
-        if "contrast" in methods and not cues:
-            raise self.bad(f"{key}.cues", "nothing", "at least one cue for method contrast")
-        questions = {
-            name: self.text(f"{key}.{name}", entry[name], "a question that yes or no answers")
-            for name in ("ask", "held_out")
-            if name in entry
-        }
-        return Criterion(
-            entry["name"],
-            self.text(f"{key}.description", entry["description"], "a text"),
-            self.number(f"{key}.weight", entry["weight"]),
-            methods,
-            tuple(cues),
-            **questions,
-        )
-
-    def form(self, entry: Any) -> AnswerFormat:
-        """`answer`: {system, spans: {name: hint}, label, reply}."""
-        entry = self.mapping("answer", entry, {"system", "spans", "label", "reply"})
-        spans = entry["spans"]
-        if not isinstance(spans, dict) or len(spans) < 2:
-            raise self.bad(
-                "answer.spans",
-                spans,
-                "a mapping of at least two span names to hints, in the order of an answer",
-            )
-        for name, hint in spans.items():
-            if (
-                not isinstance(name, str)
-                or not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name)
-                or name in ("format", "rubric")
-            ):
-                raise self.bad(
-                    "answer.spans",
-                    name,
-                    "names of lower-case letters, digits and underscores (not format or rubric)",
-                )
-            self.text(f"answer.spans.{name}", hint, "a few words for the system prompt")
-        for key in ("label", "reply"):
-            if not isinstance(entry[key], str) or entry[key] not in spans:
-                raise self.bad(f"answer.{key}", entry[key], f"one of the spans ({', '.join(spans)})")
-        if entry["label"] in ROW_KEYS:
-            raise self.bad(
-                "answer.label",
-                entry["label"],
-                f"a name that is no key of every row ({', '.join(sorted(ROW_KEYS))})",
-            )
-        if entry["label"] == entry["reply"]:
-            raise self.bad("answer.reply", entry["reply"], "another span than answer.label")
-        return AnswerFormat(
-            tuple(spans.items()),
-            entry["label"],
-            entry["reply"],
-            self.text("answer.system", entry["system"], "a text").rstrip(" .:"),
-        )
-
-
-def _yaml(text: str) -> Any:
-    """Plain YAML: what refers to another place (a few lines of it stand for gigabytes), a number of a thousand digits and characters
-    that a terminal would obey are errors."""
+def _read_yaml(path: Path) -> Any:
+    """Read plain YAML, without aliases (a few lines can stand for gigabytes) and control characters."""
     import yaml
 
     class Plain(yaml.SafeLoader):
@@ -273,81 +164,143 @@ def _yaml(text: str) -> Any:
             if getattr(self.peek_event(), "anchor", None) is not None:  # of an alias, or where one is defined
                 raise yaml.YAMLError("anchors and aliases, & and *, are not read here: write it out twice")
             node = super().compose_node(parent, index)
-            if isinstance(node, yaml.ScalarNode) and CONTROL.search(node.value):
-                raise yaml.YAMLError(f"a control character in {shorten(node.value)!r}")
-            if isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":str") and len(node.value) > 100:
-                raise yaml.YAMLError(f"a text without quotation marks: {shorten(node.value)!r}")
+            text = node.value if isinstance(node, yaml.ScalarNode) else ""
+            if CONTROL.search(text):
+                raise yaml.YAMLError(f"a control character in {shorten(text)!r}")
+            if len(text) > 100 and not node.tag.endswith(":str"):
+                raise yaml.YAMLError(f"a text without quotation marks: {shorten(text)!r}")
             return node
 
-    return yaml.load(text, Plain)
-
-
-def load_rubric(path: Path) -> Rubric:
-    """rubrics.yaml, validated: every mistake is one line naming file and key."""
-    import yaml
-
-    check = _Checks(path)
+    # PyYAML's constructors raise whatever Python raises on odd dates, numbers and keys.
+    mistakes = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise UserError(f"{path}: over {LARGEST >> 10} kB; a rubric has a few, rubrics.yaml shows one")
-        root = _yaml(text.decode("utf-8-sig"))
+        return yaml.load(text.decode("utf-8-sig"), Plain)
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; --rubric names a YAML file such as rubrics.yaml"
-        ) from error
-    except (
-        yaml.YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:  # its constructors raise what Python raises
-        raise UserError(
-            f"{path}: not valid YAML ({'nested too deeply' if isinstance(error, RecursionError) else shorten(str(error), 120)})"
-        ) from error
-    named = "labels" if isinstance(root, dict) and "labels" in root else "emotions"  # one of the two
-    root = check.mapping("rubric", root, {"version", "rewards", "criteria", named}, {"answer"})
-    if root["version"] != 1:
-        raise check.bad("version", root["version"], "1")
-    form = check.form(root["answer"]) if "answer" in root else DEFAULT_FORMAT
-    given = check.mapping("rewards", root["rewards"], {"format", form.label, "rubric"})
-    rewards = {
-        name: check.number(f"rewards.{name}", given[name]) for name in ("format", form.label, "rubric")
-    }
-    if not sum(rewards.values()):
-        raise check.bad("rewards", "all weights zero", "at least one weight above 0")
-    if not isinstance(root["criteria"], list) or not root["criteria"]:
-        raise check.bad("criteria", root["criteria"], "a list of criteria")
-    found: dict[str, Criterion] = {}
-    for i, entry in enumerate(root["criteria"]):
-        criterion = check.criterion(f"criteria[{i}]", entry, found.keys())
-        found[criterion.name] = criterion
-    criteria = tuple(found.values())
-    if rewards["rubric"] and not sum(c.weight for c in criteria):
-        raise check.bad("criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
-    emotions = root[named]
-    if not isinstance(emotions, dict):
-        raise check.bad(named, emotions, "a mapping of labels to lists of words")
-    if len(emotions) < 2:
-        raise check.bad(named, emotions, "at least two labels")
-    labels = {
-        str(label): check.words(f"{named}.{label}", aliases) if aliases else ()
-        for label, aliases in emotions.items()
-    }
-    owner, named_so = {}, {label.lower() for label in labels}
-    for label, aliases in labels.items():
-        for word in (label, *aliases):
-            if owner.setdefault(word.lower(), label) != label or (word != label and word.lower() in named_so):
-                raise check.bad(
-                    f"{named}.{label}", word, f"a word that does not already mean {owner[word.lower()]!r}"
-                )
-    total = sum(rewards.values())
-    digest = short_hash(json.dumps([dataclasses.asdict(c) for c in criteria], sort_keys=True).encode())
-    return Rubric(criteria, {name: weight / total for name, weight in rewards.items()}, labels, digest, form)
+        hint = "--rubric names a YAML file such as rubrics.yaml"
+        raise UserError(f"{path}: {error.strerror}; {hint}") from error
+    except (*mistakes, RecursionError) as error:
+        flaw = "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 120)
+        raise UserError(f"{path}: not valid YAML ({flaw})") from error
 
 
-HELD_OUT = "held_out"  # `ask` with the criterion's other question: no method to choose, a witness
+@dataclass(frozen=True)
+class _Checks:
+    """Check decoded YAML values; each mistake is one line that names file and key."""
+
+    path: Path
+
+    def expect(self, holds: Any, key: str, value: Any, expected: str) -> Any:
+        if not holds:
+            found = f"found {shorten(value)!r} / expected {shorten(expected, 300)}"
+            raise UserError(f"{self.path}: {shorten(key, 100)}: {found}")
+        return value
+
+    def mapping(self, key: str, value: Any, required: str, optional: str = "") -> dict:
+        self.expect(isinstance(value, dict), key, value, "a mapping")
+        allowed = sorted({*required.split(), *optional.split()})
+        for name in sorted({shorten(name) for name in value}.difference(allowed)):
+            self.expect(False, f"{key}.{name}", "unknown key", ", ".join(allowed))
+        for name in sorted(set(required.split()).difference(value)):
+            self.expect(False, f"{key}.{name}", "nothing", "this key")
+        return value
+
+    def number(self, key: str, value: Any) -> float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
+        return float(self.expect(number, key, value, "a number from 0 up"))
+
+    def text(self, key: str, value: Any, expected: str = "a text") -> str:
+        return self.expect(isinstance(value, str) and value.strip(), key, value, expected)
+
+    def name(self, key: str, value: Any, taken: Sequence[str] = ()) -> str:
+        valid = isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,40}", value)
+        expected = "a name of lower-case letters, digits and underscores that is not taken"
+        return self.expect(valid and value not in taken, key, value, expected)
+
+    def words(self, key: str, value: Any) -> tuple[str, ...]:
+        words = isinstance(value, list) and value and all(isinstance(word, str) and word for word in value)
+        return tuple(self.expect(words, key, value, "a list of words"))
+
+    def names(self, key: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a list of `known` names, none twice."""
+        self.expect(isinstance(value, list), key, value, f"a list of {', '.join(known)}")
+        for name in value:
+            self.expect(name in known, key, name, f"one of {', '.join(known)}")
+        return tuple(self.expect(len(set(value)) == len(value), key, value, "each name once"))
+
+    def answer_format(self, entry: Any) -> AnswerFormat:
+        """Return the format of `answer`: {system, spans: {name: hint}, label, reply}."""
+        entry = self.mapping("answer", entry, "system spans label reply")
+        spans, label, reply = entry["spans"], entry["label"], entry["reply"]
+        several, what = (
+            isinstance(spans, dict) and len(spans) > 1,
+            "at least two span names, each with a hint",
+        )
+        self.expect(several, "answer.spans", spans, f"a mapping of {what}, in the order of an answer")
+        for name, hint in spans.items():
+            self.name("answer.spans", name, taken=("format", "rubric"))  # components of the reward
+            self.text(f"answer.spans.{name}", hint, "a few words for the system prompt")
+        for key in ("label", "reply"):
+            known = isinstance(entry[key], str) and entry[key] in spans
+            self.expect(known, f"answer.{key}", entry[key], f"one of the spans ({', '.join(spans)})")
+        expected = f"a name that is no key of every row ({', '.join(sorted(ROW_KEYS))})"
+        self.expect(label not in ROW_KEYS, "answer.label", label, expected)
+        self.expect(label != reply, "answer.reply", reply, "another span than answer.label")
+        system = self.text("answer.system", entry["system"]).rstrip(" .:")
+        return AnswerFormat(tuple(spans.items()), label, reply, system)
+
+    def rewards(self, entry: Any, components: str) -> dict[str, float]:
+        """Return the weights of the reward's components, scaled to sum to 1."""
+        given = self.mapping("rewards", entry, components)
+        weights = {name: self.number(f"rewards.{name}", given[name]) for name in components.split()}
+        total = sum(weights.values())
+        self.expect(total, "rewards", "all weights zero", "at least one weight above 0")
+        return {name: weight / total for name, weight in weights.items()}
+
+    def criteria(self, entries: Any, weighted: bool) -> tuple[Criterion, ...]:
+        self.expect(isinstance(entries, list) and entries, "criteria", entries, "a list of criteria")
+        criteria: dict[str, Criterion] = {}
+        for i, entry in enumerate(entries):
+            criterion = self.criterion(f"criteria[{i}]", entry, criteria)
+            criteria[criterion.name] = criterion
+        carried = not weighted or any(c.weight for c in criteria.values())
+        self.expect(carried, "criteria", "all weights zero", "a criterion with weight, or rewards.rubric: 0")
+        return tuple(criteria.values())
+
+    def criterion(self, key: str, entry: Any, others: dict[str, Criterion]) -> Criterion:
+        entry = self.mapping(key, entry, "name description weight method", "cues ask held_out")
+        name, methods = self.name(f"{key}.name", entry["name"], taken=others), entry["method"]
+        methods = methods if isinstance(methods, list) else [methods]
+        self.expect(methods, f"{key}.method", methods, f"some of {', '.join(METHODS)}: the exam chooses one")
+        methods, cues = self.names(f"{key}.method", methods, METHODS), entry.get("cues") or []
+        self.expect(isinstance(cues, list), f"{key}.cues", cues, "a list of {text, good, bad}")
+        cues = tuple(self.cue(f"{key}.cues[{j}]", cue) for j, cue in enumerate(cues))
+        answerable = cues or "contrast" not in methods
+        self.expect(answerable, f"{key}.cues", "nothing", "at least one cue for method contrast")
+        questions, expected = {q: entry[q] for q in ("ask", "held_out") if q in entry}, "a yes or no question"
+        for question, text in questions.items():
+            self.text(f"{key}.{question}", text, expected)
+        description = self.text(f"{key}.description", entry["description"])
+        weight = self.number(f"{key}.weight", entry["weight"])
+        return Criterion(name, description, weight, methods, cues, **questions)
+
+    def cue(self, key: str, entry: Any) -> Cue:
+        entry = self.mapping(key, entry, "text good bad")
+        text = self.text(f"{key}.text", entry["text"], "the words that come before good and bad")
+        return Cue(text, self.words(f"{key}.good", entry["good"]), self.words(f"{key}.bad", entry["bad"]))
+
+    def labels(self, key: str, entry: Any) -> dict[str, tuple[str, ...]]:
+        """Return label -> the other words that mean it; no word means two labels."""
+        self.expect(isinstance(entry, dict), key, entry, "a mapping of labels to lists of words")
+        self.expect(len(entry) > 1, key, entry, "at least two labels")
+        labels = {str(x): self.words(f"{key}.{x}", words) if words else () for x, words in entry.items()}
+        owner = {label.lower(): label for label in reversed(labels)}
+        for label, aliases in labels.items():
+            for word in (label, *aliases):
+                taken = owner.setdefault(word.lower(), label)
+                new = taken == label and (word == label or word.lower() != label.lower())
+                self.expect(new, f"{key}.{label}", word, f"a word that does not already mean {taken!r}")
+        return labels

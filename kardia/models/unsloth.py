@@ -1,47 +1,74 @@
-"""Unsloth's model under our trainers: its kernels, 4-bit weights and checkpointing, with the loss in our hands.
+"""Put Unsloth's model under our trainers: its kernels, 4-bit weights and checkpointing, with our loss.
 
-Unsloth is two things. One is a model: the forward pass of a few architectures with fused Triton kernels for LoRA, RoPE, RMSNorm
-and SwiGLU, and checkpoints that wait in the computer's memory. The other rewrites TRL's trainers while it is imported; a rewritten
-GRPOTrainer computes log-probs inside its own loss, where neither the shared prompt, nor the ladder, nor the record reach them.
-Only the first is taken: UNSLOTH_ALLOW_CPU=1, meant for tests of TRL's source, leaves the trainers as they were and, next to an
-NVIDIA GPU, changes nothing else (unsloth 2026.10.7: models/rl.py:5092, _gpu_init.py:793).
+Unsloth is two things. One is a model: the forward pass of a few architectures with fused Triton kernels, and
+checkpoints that wait in the computer's memory. The other rewrites TRL's trainers while it is imported; a
+rewritten GRPOTrainer computes log-probs inside its own loss, where neither the shared prompt, nor the retry
+after an out-of-memory error, nor the record reach them. Only the first is taken: UNSLOTH_ALLOW_CPU=1, meant
+for tests of TRL's source, leaves the trainers as they were and, next to an NVIDIA GPU, changes nothing else
+(unsloth 2026.10.7: models/rl.py:5092, _gpu_init.py:793).
 
-Its attention does not ask transformers' table of attention functions, so `packing.enable` cannot reach it. But it lets a layout
-for shared prompts through to every layer, and looks up the function that computes it in one place: `share_rows` puts ours there.
+Its attention does not ask transformers' table of attention functions, so `packed_rows.enable_packed_rows`
+cannot reach it. But it hands a layout for shared prompts to every layer, and looks up the function that
+computes it in one place: `enable_packed_rows` puts ours there.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from kardia.core.console import UserError, one_line
+from kardia.core import distributed, machine
+from kardia.core.console import UserError, one_line, say
+from kardia.core.files import cache_directory
 from kardia.core.machine import read_config
 from kardia.models import packed_rows
-from kardia.models.base import reporting_load_errors
+from kardia.models.base import Base, reporting_load_errors
 
 TESTED = "2026.10.7"
-FAST = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # SmolLM2 is a llama; all else goes through Unsloth's rewriting compiler
-ROPE = (
-    "default",
-    "llama3",
-    "linear",
-    "yarn",
-)  # of these its cos and sin tables were compared with transformers'
+FAST = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama; its compiler rewrites all others
+ROPE = ("default", "llama3", "linear", "yarn")  # their cos and sin tables were compared with transformers'
+
+
+def choose_engine(engine: str, base: Base) -> str:
+    """Return "unsloth" or "transformers" for --engine, and import Unsloth if it is chosen.
+
+    auto takes Unsloth where CUDA and the package are present and it computes this base as transformers does.
+    """
+    from importlib.util import find_spec
+
+    if engine == "transformers":
+        return engine
+    several = distributed.size() > 1
+    if engine == "unsloth" and several:
+        raise UserError("--engine unsloth trains in one process; --engine transformers takes several")
+    if several or find_spec("unsloth") is None or not machine.has_gpu() or is_amd():
+        if engine == "auto":
+            return "transformers"
+        needs = "an NVIDIA GPU and `pip install -r requirements-gpu.txt`"
+        raise UserError(f"--engine unsloth needs {needs}; --engine transformers works everywhere")
+    if reason := unsupported_reason(read_config(base.directory)):
+        if engine == "unsloth":
+            raise UserError(f"--engine unsloth: {base.name} has {reason}; --engine transformers trains it")
+        say(f"engine: transformers, for {base.name} has {reason}")
+        return "transformers"
+    # A failed import leaves Unsloth's patches behind, so falling back is not safe, not even for auto.
+    import_unsloth(cache_directory())
+    return "unsloth"
+
+
+def is_amd() -> bool:
+    """Return whether torch is built for AMD, where UNSLOTH_ALLOW_CPU would change more than the trainers."""
+    import torch
+
+    return bool(torch.version.hip)
 
 
 def unsupported_reason(config: dict[str, Any]) -> str | None:
-    """Why a base (its config.json) is better left to --engine transformers, or None. What Unsloth would compute differently
-    without a word is listed here: a window that our rows do not pass on, an activation or a RoPE that it replaces by its own."""
+    """Return what of a base (its config.json) Unsloth would silently compute differently, or None."""
     kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     window = config.get("sliding_window") and (kind == "mistral" or config.get("use_sliding_window"))
@@ -57,97 +84,67 @@ def unsupported_reason(config: dict[str, Any]) -> str | None:
 
 
 def prepare_import(cache: Path) -> None:
-    """What Unsloth reads only while it is imported."""
-    os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # see above: TRL's trainers stay TRL's
-    os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] = (
-        "0"  # its own attention for shared prompts, compiled anew for every shape
-    )
-    os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] = (
-        "0"  # "1" would hand out hidden states under the name of logits
-    )
-    os.environ.setdefault(
-        "UNSLOTH_DISABLE_STATISTICS", "1"
-    )  # a README fetched from the hub at every load, as a counter
-    # Else ./unsloth_compiled_cache: generated Python in whatever directory one stands in, first in the import path.
+    """Set what Unsloth reads only while it is imported."""
+    fixed = {"ALLOW_CPU": "1"}  # see above: TRL's trainers stay TRL's
+    fixed["GRPO_PREFIX_GROUPER"] = "0"  # its own shared prompts, compiled anew for every shape
+    fixed["RETURN_HIDDEN_STATES"] = "0"  # "1" returns hidden states under the name of logits
+    os.environ.update({f"UNSLOTH_{name}": value for name, value in fixed.items()})
+    # It fetches a README at every load, as a counter.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    # Else ./unsloth_compiled_cache: generated Python in the working directory, first in the import path.
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str((cache / "unsloth").absolute()))
 
 
-def is_amd() -> bool:
-    """There UNSLOTH_ALLOW_CPU would change more than the trainers."""
-    import torch
-
-    return bool(torch.version.hip)
-
-
-def bring_in(cache: Path) -> None:
-    """Import Unsloth, ahead of trl, transformers and peft, which it patches; then see whether TRL's trainers are TRL's own."""
+def import_unsloth(cache: Path) -> None:
+    """Import Unsloth ahead of trl and peft, which it patches. Raise UserError if it replaced trainers."""
     prepare_import(cache)
     try:
-        with _hushed():
+        with redirect_stdout(io.StringIO()):  # stdout is the product; Unsloth prints its banner there
             import unsloth  # noqa: F401
         import trl
-    except (
-        Exception
-    ) as error:  # of its many parts (torchvision, xformers, triton) any may not fit this torch or driver
-        raise UserError(
-            f"--engine unsloth: Unsloth cannot be imported ({one_line(error)}); reinstall it with `pip install -r requirements-gpu.txt`, or use --engine transformers"
-        ) from error
+    except Exception as error:  # torchvision, xformers or triton may not fit this torch or driver
+        fix = "reinstall it with `pip install -r requirements-gpu.txt`, or use --engine transformers"
+        raise UserError(f"--engine unsloth: Unsloth cannot be imported ({one_line(error)}); {fix}") from error
     home = Path(trl.__file__).parent
     for trainer in (trl.SFTTrainer, trl.GRPOTrainer):
-        if not trainer.__module__.startswith("trl.") or not Path(
-            trainer.__init__.__code__.co_filename
-        ).is_relative_to(home):
-            raise UserError(
-                f"--engine unsloth: this version of Unsloth replaces {trainer.__name__}, which trains something else than we do; install unsloth=={TESTED}, or use --engine transformers"
-            )
+        source = Path(trainer.__init__.__code__.co_filename)
+        if not trainer.__module__.startswith("trl.") or not source.is_relative_to(home):
+            why = f"replaces {trainer.__name__}, which trains something else than we do"
+            fix = f"install unsloth=={TESTED}, or use --engine transformers"
+            raise UserError(f"--engine unsloth: this version of Unsloth {why}; {fix}")
 
 
-def load(directory: Path, bits: int, dtype, window: int, seed: int, device: int, dress: Callable):
-    """A base in Unsloth's hands, with the LoRA that `dress` puts on it (model -> PeftModel), float32. Returns the PeftModel.
+def load(directory: Path, bits: int, dtype, window: int, seed: int, device: int, add_lora: Callable):
+    """Return a base in Unsloth's hands as a PeftModel, with the float32 LoRA that `add_lora` puts on it.
 
-    window: how many tokens the base was made for. Longer, and Unsloth would stretch its RoPE; shorter, and it would cut off rows
-    that are longer, in both cases with no more than a warning.
+    window: the base's context. With more, Unsloth would stretch its RoPE; with less, cut off longer rows.
     """
     from unsloth import FastLanguageModel
 
-    with _hushed(), reporting_load_errors(str(directory), "model"):
-        # Its tokenizer is not used. bits 4: NF4 with double quantization, computed in `dtype`, all but the output layer, as in the other engine.
-        model, _ = FastLanguageModel.from_pretrained(
-            model_name=str(directory),
-            max_seq_length=window,
-            dtype=dtype,
-            load_in_4bit=bits == 4,
-            load_in_16bit=bits == 16,
-            device_map={"": device},
-            random_state=seed,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            use_exact_model_name=True,
-            fix_tokenizer=False,
-            offload_embedding=False,
-            use_gradient_checkpointing="unsloth",
-        )
-    if bits == 4 and not getattr(
-        model, "is_loaded_in_4bit", False
-    ):  # it goes on in 16 bits where bitsandbytes does not work
-        raise UserError(
-            f"{directory}: Unsloth loaded it without 4 bits (does `python -m bitsandbytes` find the GPU?); give --bits 16, or use --engine transformers"
-        )
+    # bits 4: NF4 with double quantization, all but the output layer, as in the other engine.
+    settings = {"dtype": dtype, "load_in_4bit": bits == 4, "load_in_16bit": bits == 16}
+    settings |= {"max_seq_length": window, "device_map": {"": device}, "random_state": seed}
+    settings |= {"use_safetensors": True, "local_files_only": True, "model_name": str(directory)}
+    settings |= {"use_exact_model_name": True, "fix_tokenizer": False, "offload_embedding": False}
+    checkpoints = {"use_gradient_checkpointing": "unsloth"}
+    with redirect_stdout(io.StringIO()), reporting_load_errors(str(directory), "model"):
+        model, _ = FastLanguageModel.from_pretrained(trust_remote_code=False, **settings, **checkpoints)
+    # It goes on in 16 bits where bitsandbytes does not work.
+    if bits == 4 and not getattr(model, "is_loaded_in_4bit", False):
+        why = "Unsloth loaded it without 4 bits (does `python -m bitsandbytes` find the GPU?)"
+        raise UserError(f"{directory}: {why}; give --bits 16, or use --engine transformers")
+    # It grows the embedding for a tokenizer with more tokens than the base has rows.
     rows = model.get_input_embeddings().weight.shape[0]
-    if (
-        rows != read_config(directory)["vocab_size"]
-    ):  # it makes room for a tokenizer with more tokens than the base has rows
-        raise UserError(
-            f"{directory}: Unsloth changed its vocabulary to {rows:,} tokens; use --engine transformers"
-        )
-    with _hushed():
-        # As in its own loading of adapters: PEFT makes the LoRA, so that both engines read one in the same way; then the kernels.
-        return FastLanguageModel.patch_peft_model(dress(model), use_gradient_checkpointing="unsloth")
+    if rows != read_config(directory)["vocab_size"]:
+        why = f"Unsloth changed its vocabulary to {rows:,} tokens"
+        raise UserError(f"{directory}: {why}; use --engine transformers")
+    with redirect_stdout(io.StringIO()):
+        # As in its own loading of adapters: PEFT makes the LoRA, as in the other engine; then the kernels.
+        return FastLanguageModel.patch_peft_model(add_lora(model), **checkpoints)
 
 
 def enable_packed_rows(causal_lm) -> str | None:
-    """`packing.enable` for a model of `load`. Returns None, or why it cannot be done (the model is then left as it was)."""
+    """Let a model of `load` take packed rows. Return None, or why it cannot; the model is then as it was."""
     from unsloth.utils import attention_dispatch
 
     inner, slot = causal_lm.base_model, "_flex_shared_prefix_attention"
@@ -156,42 +153,27 @@ def enable_packed_rows(causal_lm) -> str | None:
     forward = inner.forward
 
     def attention(Q, K, V, pack, scale=None, **_):  # [1, L, heads, D], and so returned
-        return packed_rows.shared_prefix_attention(
-            None, Q.transpose(1, 2), K.transpose(1, 2), V.transpose(1, 2), None, scaling=scale, pack=pack
-        )[0]
+        q, k, v = (states.transpose(1, 2) for states in (Q, K, V))  # [1, heads, L, D]
+        return packed_rows.shared_prefix_attention(None, q, k, v, None, scaling=scale, pack=pack)[0]
 
     def forward_rows(*arguments, pack=None, attention_mask=None, **more):
-        if (
-            pack is not None
-        ):  # who sees whom is the layout's business; a mask beside it is an error to Unsloth
+        if pack is not None:  # the layout says which tokens see which; Unsloth refuses a mask beside it
             return forward(*arguments, prefix_seg_info=pack, **more)
         return forward(*arguments, attention_mask=attention_mask, **more)
 
     setattr(attention_dispatch, slot, attention)
     inner.forward = forward_rows
-    difference, why = float("inf"), None
-    try:
-        difference = packed_rows._probe(causal_lm)
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
-        why = f"{type(error).__name__}: {one_line(error)[:100]}"
-    if difference < packed_rows.tolerance(causal_lm):
-        packed_rows.choose_kernel(causal_lm)
-        return None
-    inner.forward = forward
-    return why or f"its log-probs in a packed row are off by {difference:.2f}"
+    reason = packed_rows.wrong_rows(causal_lm)
+    if reason:
+        inner.forward = forward
+    return reason
 
 
 def check_reference(model, beta: float) -> None:
-    """With --beta the reference must be the SFT adapter: TRL's own trainer keeps a frozen copy of it, named "ref"; without that
-    copy it, and Unsloth's trainer always, would measure the KL to the bare base."""
+    """Raise UserError if --beta has no copy of the SFT adapter ("ref") to measure the KL to.
+
+    Without that copy TRL's trainer, and Unsloth's always, would measure the KL to the bare base.
+    """
     if beta and "ref" not in model.peft_config:
-        raise UserError(
-            f"--beta {beta:g}: no copy of the SFT adapter is kept as the KL reference; use --beta 0"
-        )
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """stdout is the product; Unsloth prints its banner there."""
-    with redirect_stdout(io.StringIO()):
-        yield
+        why = "no copy of the SFT adapter is kept as the KL reference"
+        raise UserError(f"--beta {beta:g}: {why}; use --beta 0")

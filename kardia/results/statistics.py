@@ -1,43 +1,42 @@
-"""The numbers behind a claim: bootstrap intervals, paired differences, the trend of a run's reward, tables for the terminal."""
+"""Compute the numbers behind a claim: bootstrap intervals, paired differences, the trend of a run's reward,
+curves."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from kardia.results.groups import groups_of, rewards_of
+from kardia.results.run_files import read_run
 
 
 def bootstrap(values, rng, n: int = 2000) -> dict[str, float]:
-    """Mean of `values` [prompts] with a percentile bootstrap 95% interval over prompts (Efron 1979)."""
+    """Return the mean of `values` [prompts] with a percentile bootstrap 95% interval (Efron 1979)."""
     import numpy as np
 
     values = np.asarray(values, float)
-    means = values[rng.integers(0, len(values), (n, len(values)))].mean(1)
+    means = values[rng.integers(0, len(values), (n, len(values)))].mean(1)  # [n]
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def reward_trend(run) -> dict[str, Any] | None:
-    """Slope of the groups' mean reward over steps, with a bootstrap 95% interval over groups; None with too few groups."""
+    """Return the slope of the groups' mean reward over steps, with a bootstrap 95% interval over groups.
+
+    `run` has a `path`. Returns None with fewer than four steps that have a reward."""
     import numpy as np
 
-    groups: dict[tuple[int, int], list[float]] = {}
-    path = run.path / "completions.jsonl"
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        if not line:
-            continue
-        record = json.loads(line)
-        if record["reward"] is not None:
-            groups.setdefault((record["step"], record["group"]), []).append(record["reward"])
-    if len({step for step, _ in groups}) < 4:
+    points = []  # (step, mean reward) of each group
+    for step, _, samples in groups_of(read_run(run.path)["completions"]):
+        known = [reward for reward in rewards_of(samples) if reward is not None]
+        if known:
+            points.append((step, np.mean(known)))
+    if len({step for step, _ in points}) < 4:
         return None
-    steps, means = (
-        np.array([step for step, _ in groups], float),
-        np.array([np.mean(r) for r in groups.values()]),
-    )
-    rng = np.random.default_rng(0)
-    slopes = []
+    steps, means = np.array(points, float).T  # [groups] each
+    rng, slopes = np.random.default_rng(0), []
     while len(slopes) < 2000:
         pick = rng.integers(0, len(steps), len(steps))
+        # A sample that drew one step only has no slope.
         if np.ptp(steps[pick]) > 0:
             slopes.append(np.polyfit(steps[pick], means[pick], 1)[0])
     low, high = np.percentile(slopes, [2.5, 97.5])
@@ -52,74 +51,89 @@ def reward_trend(run) -> dict[str, Any] | None:
     }
 
 
+def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float, float]]:
+    """Return [(x, level, half width)] of a line fitted around each x; a moving mean would bend at both ends.
+
+    The weights are Gaussian. The half width is that of a 95% interval in which each point is independent (a
+    GRPO group is one: its samples share a prompt); NaN where fewer than three points carry the value."""
+    import numpy as np
+
+    x, y = np.array(points, float).T  # [points] each
+    width, out = max(1.0, np.ptp(x) / 10), []
+    for at in np.linspace(x.min(), x.max(), 61):
+        near = np.abs(x - at) < 4 * width
+        d, v = x[near] - at, y[near]
+        w = np.exp(-0.5 * (d / width) ** 2)
+        s0, s1, s2 = w.sum(), (w * d).sum(), (w * d * d).sum()
+        determinant = s0 * s2 - s1 * s1
+        if determinant < 1e-9:
+            continue  # there is no line through a single step
+        share = w * (s2 - s1 * d) / determinant  # of each point in the fitted value
+        level, slope = (share * v).sum(), (w * (s0 * d - s1) * v).sum() / determinant
+        effective = 1 / (share**2).sum()
+        error = np.sqrt(((share * (v - level - slope * d)) ** 2).sum())
+        half = 1.96 * error * np.sqrt(effective / (effective - 1)) if effective >= 3 else np.nan
+        out.append((float(at), float(level), float(half)))
+    return out
+
+
+def _scores_of(rewards, metric: str):
+    """Return one metric of each prompt [prompts]; NaN where the judge could not read the answer."""
+    import numpy as np
+
+    values = [{**reward.components, **reward.criteria}.get(metric) for reward in rewards]
+    return np.array([np.nan if value is None else value for value in values], float)
+
+
+def _gap(table: dict, name: str, other: str, metric: str):
+    """Return the paired differences of two models on one metric, without unknown ones."""
+    import numpy as np
+
+    gap = table[name][metric] - table[other][metric]
+    return gap[~np.isnan(gap)]
+
+
+def _compare(summary: dict, table: dict, name: str, other: str, rng) -> None:
+    """Add the paired differences of two models, and how often the first wins on the rubric, to `summary`."""
+    for metric in table[name]:
+        gap = _gap(table, name, other, metric)
+        if gap.size:
+            entry = {"better": name, "than": other, "metric": metric, **bootstrap(gap, rng)}
+            summary["differences"].append(entry)
+    gap = _gap(table, name, other, "rubric")
+    if gap.size:
+        wins = bootstrap((gap > 0) + 0.5 * (gap == 0), rng)
+        entry = {"model": name, "against": other, "rate": wins["mean"], "low": wins["low"]}
+        summary["win_rate"].append(entry | {"high": wins["high"], "ties": int((gap == 0).sum())})
+
+
+def _example(i: int, dialogue, answers: dict, scores: dict) -> dict[str, Any]:
+    example = {"person": dialogue.person, "situation": dialogue.situation, "label": dialogue.label}
+    example["messages"] = [{"role": role, "content": content} for role, content in dialogue.messages]
+    example["answers"] = {}
+    for name, reward in ((name, rewards[i]) for name, rewards in scores.items()):
+        answer = {"text": answers[name][i], "valid": reward.problem is None, "problem": reward.problem}
+        example["answers"][name] = {**answer, "scores": reward.criteria}
+    return example
+
+
 def summarize(dialogues, answers, scores, rubric, seed: int) -> dict[str, Any]:
-    """Means with intervals per model, paired differences between neighbours and to the first model, win rates, examples."""
+    """Return what evaluation.json holds: means with intervals, paired differences, win rates, six examples.
+
+    `answers` and `scores` are {model: [one per dialogue]}. Each meets the one before it and the first."""
     import numpy as np
 
     metrics = ["format", rubric.form.label, "rubric", *(c.name for c in rubric.criteria)]
-    table = {
-        name: {
-            m: np.array(
-                [np.nan if (v := {**r.components, **r.criteria}.get(m)) is None else v for r in rewards]
-            )
-            for m in metrics
-        }
-        for name, rewards in scores.items()
-    }
+    table = {name: {m: _scores_of(rewards, m) for m in metrics} for name, rewards in scores.items()}
     names, rng = list(table), np.random.default_rng(seed)
-    summary: dict[str, Any] = {
-        "models": names,
-        "rewards": metrics[:3],
-        "prompts": len(dialogues),
-        "metrics": {},
-        "differences": [],
-        "win_rate": [],
-        "examples": [],
-    }
+    summary: dict[str, Any] = {"models": names, "rewards": metrics[:3], "prompts": len(dialogues)}
+    summary |= {"metrics": {}, "differences": [], "win_rate": []}
     for name in names:
-        summary["metrics"][name] = {
-            m: bootstrap(v[~np.isnan(v)], rng) for m, v in table[name].items() if (~np.isnan(v)).any()
-        }
+        known = {m: values[~np.isnan(values)] for m, values in table[name].items()}
+        summary["metrics"][name] = {m: bootstrap(values, rng) for m, values in known.items() if values.size}
     for i, name in enumerate(names[1:], 1):
         for other in dict.fromkeys([names[i - 1], names[0]]):
-            for m in metrics:
-                difference = table[name][m] - table[other][m]
-                if (known := difference[~np.isnan(difference)]).size:
-                    summary["differences"].append(
-                        {"better": name, "than": other, "metric": m, **bootstrap(known, rng)}
-                    )
-            gap = table[name]["rubric"] - table[other]["rubric"]
-            gap = gap[~np.isnan(gap)]
-            if gap.size:
-                wins = bootstrap((gap > 0) + 0.5 * (gap == 0), rng)
-                summary["win_rate"].append(
-                    {
-                        "model": name,
-                        "against": other,
-                        "rate": wins["mean"],
-                        "low": wins["low"],
-                        "high": wins["high"],
-                        "ties": int((gap == 0).sum()),
-                    }
-                )
-    for i in range(min(6, len(dialogues))):
-        d = dialogues[i]
-        shown = {
-            name: {
-                "text": answers[name][i],
-                "valid": scores[name][i].problem is None,
-                "problem": scores[name][i].problem,
-                "scores": scores[name][i].criteria,
-            }
-            for name in names
-        }
-        summary["examples"].append(
-            {
-                "person": d.person,
-                "situation": d.situation,
-                "label": d.label,
-                "messages": [{"role": r, "content": c} for r, c in d.messages],
-                "answers": shown,
-            }
-        )
+            _compare(summary, table, name, other, rng)
+    examples = list(enumerate(dialogues))[:6]
+    summary["examples"] = [_example(i, dialogue, answers, scores) for i, dialogue in examples]
     return summary

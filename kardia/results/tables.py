@@ -1,131 +1,258 @@
-"""Tables of an evaluation, an exam and an export."""
+"""Lay out an evaluation, an exam and an export as tables: made once, printed on a terminal and in the report.
+
+The numbers may come from a damaged file, so an unknown one is shown as a dash."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+from kardia.core.console import printable
+from kardia.results.run_files import fixed, number
+
 NOTHING = 1e-7  # KL under which training did not move the base at all
+MOST = 50  # rows and columns of a table
 
 
-def export_table(book: dict) -> str:
-    """The drift table: each thing that was written, how far it is from the trained model, and how its answers are judged."""
-    judged = (book.get("trained") or {}).get("rubric")
-    lines = [
-        f"{'':<10} {'size':>9}  {'KL':>8}  {'of training':>11}  {'kept':>5}  {'same token':>10}  {'valid':>5}  {'rubric':>6}"
-    ]
-    if judged is not None:
-        lines.append(
-            f"{'(trained)':<10} {'':>9}  {'':>8}  {'':>11}  {'':>5}  {'':>10}  {book['trained']['valid']:>5.0%}  {judged:>6.2f}"
-        )
-    for name, entry in book["formats"].items():
-        cells = (
-            [f"{name:<10} {entry['bytes'] / 1e6:>6,.0f} MB"]
-            if entry["verdict"] != "text"
-            else [f"{name:<10}"]
-        )
-        if entry.get("kl") is not None:
-            cells.append(
-                f"{entry['kl']:>8.1e}  {entry['kl'] / max(entry['kl_base'], NOTHING):>11.2%}  {entry['kept']:>5.0%}  {entry['agreement']:>10.0%}"
-            )
-            cells.append(
-                f"{entry['valid']:>5.0%}  {entry['rubric']:>6.2f}"
-                if entry.get("rubric") is not None
-                else f"{'-':>5}  {'-':>6}"
-            )
-        cells.append({"ok": "ok", "text": "", "noisy": "NOISY", "lost": "LOST"}[entry["verdict"]])
-        lines.append("  ".join(cells).ljust(len(lines[0])) + f"  {entry['file']}")
-    return "\n".join(lines)
+@dataclass
+class Cell:
+    """One cell. The report also draws `mean`, its interval and `marks` from 0 to 1, and shows `detail`."""
+
+    text: str
+    detail: str = ""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    marks: tuple = ()
+    tone: str = ""  # "up" is good news, "down" is bad news
+
+
+def _plain(text: str) -> str:
+    """Return text for a terminal: a Windows console may not know the dash and the minus sign."""
+    return printable(text).replace("–", "-").replace("−", "-")
+
+
+@dataclass
+class Table:
+    """A title, one heading per column, and rows of texts or cells."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str | Cell]]
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        rows = [[cell.text if isinstance(cell, Cell) else cell for cell in row] for row in self.rows]
+        rows = [[_plain(cell) for cell in row] for row in [self.head, *rows]]
+        widths, lines = [max(map(len, column)) for column in zip(*rows)], []
+        for first, *middle, last in rows:  # the last column may hold a long text
+            cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:])]
+            lines.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
+        return "\n".join(lines)
+
+
+@dataclass
+class Tables:
+    """Tables that belong to one subject, and the sentences below them."""
+
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return everything for a terminal."""
+        parts = [table.text() for table in self.tables if table.rows]
+        return "\n\n".join([*parts, "\n".join(map(_plain, self.notes))]).rstrip()
+
+
+def percent(value, digits: int = 0) -> str:
+    """Return a share as a percentage, or a dash if it is unknown."""
+    known = number(value)
+    return "–" if known is None else f"{known:.{digits}%}"
+
+
+def _interval(entry: dict, show: Callable[..., str] = fixed, **how) -> str:
+    if number(entry.get("low")) is None or number(entry.get("high")) is None:
+        return ""
+    return f" ({show(entry['low'], **how)} to {show(entry['high'], **how)})"
+
+
+def _score(entry: dict | None, key: str, marks: tuple = (), more: str = "", show=fixed) -> Cell:
+    """Return a mean with its interval, as text and as what the report draws."""
+    entry = entry or {}
+    mean = number(entry.get(key))
+    if mean is None:
+        return Cell("–")
+    low, high = number(entry.get("low")), number(entry.get("high"))
+    known = tuple(mark for mark in marks if number(mark) is not None)
+    return Cell(f"{show(mean)}{_interval(entry, show)}{more}", mean=mean, low=low, high=high, marks=known)
+
+
+TONES = {"up": "better", "down": "worse", "": "not told apart"}
+
+
+def tone_of(entry: dict) -> str:
+    """Return "up" or "down" if the interval excludes 0, else ""."""
+    if (number(entry.get("low")) or 0) > 0:
+        return "up"
+    return "down" if (number(entry.get("high")) or 0) < 0 else ""
 
 
 def trend_sentence(trend: dict | None) -> str:
-    if trend is None:
-        return "  too few steps to tell whether the reward moved"
-    verdict = (
-        "rose"
-        if trend["low"] > 0
-        else "fell"
-        if trend["high"] < 0
-        else "did not rise by more than chance explains"
+    """Return in one sentence whether the reward of a GRPO run rose."""
+    trend = trend or {}
+    low, high, slope = (fixed(trend.get(key), 4, True, "") for key in ("low", "high", "slope_per_step"))
+    if not low or not high:
+        return "too few steps to tell whether the reward moved"
+    words = {"up": "rose", "down": "fell", "": "did not rise by more than chance explains"}
+    first, last = (fixed(trend.get(f"{part}_quarter"), 3) for part in ("first", "last"))
+    words = (
+        f"mean reward of the rollouts {words[tone_of(trend)]}: {first} in the first quarter, {last} in the"
     )
-    return (
-        f"  mean reward of the rollouts {verdict}: {trend['first_quarter']:.3f} in the first quarter, {trend['last_quarter']:.3f} in the last; "
-        f"slope {trend['slope_per_step']:+.4f} per step (95% interval {trend['low']:+.4f} to {trend['high']:+.4f})"
-    )
+    return _plain(f"{words} last; slope {slope or '–'} per step (95% interval {low} to {high})")
 
 
-def evaluation_table(summary: dict[str, Any]) -> str:
-    """Models as columns, metrics as rows: mean (95% interval). Criteria also on the paper's 1 to 5 scale (1 + 4 x score)."""
-    names = summary["models"]
-    lines = ["metric".ljust(20) + "".join(name.rjust(26) for name in names)]
-    for metric in summary["metrics"][names[0]]:
-        cells = []
-        for name in names:
-            v = summary["metrics"][name].get(metric)
-            five = "" if metric in summary["rewards"][:2] or not v else f" = {1 + 4 * v['mean']:.2f}/5"
-            cells.append(f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f}){five}" if v else "-")
-        lines.append(metric.ljust(20) + "".join(cell.rjust(26) for cell in cells))
-    for d in summary["differences"]:
-        if d["metric"] in summary["rewards"]:
-            sure = "" if d["low"] > 0 or d["high"] < 0 else "  (the interval includes 0)"
-            lines.append(
-                f"{d['better']} minus {d['than']}, {d['metric']}: {d['mean']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}){sure}"
-            )
-    for win in summary["win_rate"]:
-        lines.append(
-            f"{win['model']} wins against {win['against']} on the rubric in {win['rate']:.0%} of prompts ({win['low']:.0%} to {win['high']:.0%})"
-        )
-    return "\n".join(lines)
+def _difference(entry: dict | None) -> Cell:
+    if entry is None or number(entry.get("mean")) is None:
+        return Cell("–")
+    text, tone = f"{fixed(entry['mean'], sign=True)}{_interval(entry, sign=True)}", tone_of(entry)
+    return Cell(f"{text} {TONES[tone]}", tone=tone)
 
 
-def exam_table(result: dict) -> str:
-    """The exam as text: the chosen method of each criterion with its verdict, every method's accuracy, what was tried to fool the judge."""
-    lines = [
-        f"{'criterion':<20} {'method':<9} {'pairs':>5} {'right':>6} {'95% interval':>14} {'longer wins':>12}  verdict"
-    ]
-    for name, e in result["criteria"].items():
-        lines.append(
-            f"{name:<20} {e['method']:<9} {e['n']:>5} {e['accuracy']:>6.0%} {e['low']:>7.0%} to {e['high']:>4.0%} {e['length_baseline']:>11.0%}  {'fit' if e['fit'] else 'UNFIT: ' + e['why']}"
+def pairs_of(summary: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict]]:
+    """Return {(model, other): {metric: its paired difference}} of evaluation.json, of at most MOST pairs."""
+    pairs: dict[tuple[str, str], dict[str, dict]] = {}
+    for entry in summary.get("differences") or []:
+        pair = str(entry.get("better")), str(entry.get("than"))
+        pairs.setdefault(pair, {})[str(entry.get("metric"))] = entry
+    return dict(list(pairs.items())[:MOST])
+
+
+def evaluation_table(summary: dict[str, Any]) -> Tables:
+    """Return the tables of evaluation.json: means per model (95% interval), paired differences, win rates.
+
+    Criteria stand also on the paper's scale from 1 to 5, which is 1 + 4 x score."""
+    scores, rows = summary.get("metrics") or {}, []
+    names = (summary.get("models") or list(scores))[:MOST]
+    metrics = list(dict.fromkeys(m for name in names for m in scores.get(name) or {}))[:MOST]
+    shares = (summary.get("rewards") or metrics)[:2]  # format and label: shares, not grades
+    for metric in metrics:
+        entries = [(scores.get(name) or {}).get(metric) or {} for name in names]
+        grades = [1 + 4 * (number(entry.get("mean")) or 0.0) for entry in entries]
+        fives = ["" if metric in shares else f" = {grade:.2f}/5" for grade in grades]
+        cells = [_score(entry, "mean", more=five) for entry, five in zip(entries, fives)]
+        rows.append([metric.replace("_", " "), *cells])
+    pairs, wins = pairs_of(summary), []
+    compared = list(dict.fromkeys(metric for entries in pairs.values() for metric in entries))[:MOST]
+    gaps = [[m.replace("_", " "), *(_difference(each.get(m)) for each in pairs.values())] for m in compared]
+    for entry in (summary.get("win_rate") or [])[:MOST]:
+        rate = _score(entry, "rate", (0.5,), show=percent)
+        wins.append(
+            [f"{entry.get('model')} against {entry.get('against')}", rate, fixed(entry.get("ties"), 0)]
         )
-    o = result["overall"]
-    lines.append(
-        f"{'overall':<20} {'':<9} {result['pairs']:>5} {o['accuracy']:>6.0%} {o['low']:>7.0%} to {o['high']:>4.0%} {o['length_baseline']:>11.0%}  {result['scores_per_second']:.0f} scores per second"
-    )
-    methods = list(dict.fromkeys(m for e in result["criteria"].values() for m in e["methods"]))
-    lines += [
-        "",
-        f"{'every method':<20} "
-        + "".join(f"{m:>22}" for m in methods)
-        + f"{'longer is better':>20}{'shorter is better':>19}{'in other words':>22}",
-    ]
-    for name, e in result["criteria"].items():
-        cells = (
-            f"{t['accuracy']:.0%} ({t['low']:.0%} to {t['high']:.0%})" if (t := e["methods"].get(m)) else "-"
-            for m in methods
-        )
-        bias = (
-            f"{side['accuracy']:.0%} of {side['n']}" if side["n"] else "-" for side in e["length"].values()
-        )
-        lines.append(
-            f"{name:<20} "
-            + "".join(cell.rjust(22) for cell in cells)
-            + "".join(cell.rjust(width) for cell, width in zip(bias, (20, 19)))
-            + (
-                f"{o['accuracy']:.0%} ({o['low']:.0%} to {o['high']:.0%})"
-                if (o := e.get("held_out"))
-                else "-"
-            ).rjust(22)
-        )
-    c, r = result["canaries"], result["repeatability"]
-    if c["n"]:
-        failed = "".join(
-            f"; {canary!r} raised {', '.join(sorted(set(names)))}" for canary, names in c["failed"].items()
-        )
-        lines += [
-            "",
-            f"begging for a grade: the model alone raised no score in {c['held']} of {c['n']} tries ({c['held'] / c['n']:.0%}); rules refuse {c['refused']} of them, with both {c['held_with_guards']} held ({c['held_with_guards'] / c['n']:.0%}){failed}",
-        ]
-    difference = r["largest_difference"]
-    lines.append(
-        f"read twice, in another order: {'bit-identical' if difference == 0 else f'up to {difference:.2g} apart'} ({r['replies']} replies, all criteria); each reply is read alone, so position plays no part"
-    )
-    return "\n".join(lines)
+    heads = ["metric", *(f"{better} minus {than}" for better, than in pairs)]
+    judge = f", judge {summary['judge']}" if summary.get("judge") else ""
+    about = f"{summary.get('prompts', '?')} held-out prompts{judge}. Scores are from 0 to 1."
+    won = Table("Win rates on the rubric, half is a draw", ["comparison", "prompts won", "ties"], wins)
+    gaps = Table("Paired differences, the same prompts", heads, gaps)
+    return Tables([Table("Scores", ["metric", *map(str, names)], rows), gaps, won], [about] if rows else [])
+
+
+def _criterion_row(name: str, entry: dict) -> list[str | Cell]:
+    baseline = entry.get("length_baseline")
+    right, verdict = number(entry.get("correct")), Cell("")
+    if "fit" in entry:
+        verdict = Cell("fit", tone="up") if entry["fit"] else Cell(f"UNFIT: {entry.get('why')}", tone="down")
+    # A tie counts half a point, so `right` may have a half.
+    count = "" if right is None else f"{right:g} of {entry.get('n')}"
+    accuracy = _score(entry, "accuracy", (0.5, baseline), show=percent)
+    method, weight = str(entry.get("method") or ""), fixed(entry.get("weight"), none="")
+    return [name.replace("_", " "), method, weight, count, accuracy, percent(baseline), verdict]
+
+
+def _method_row(name: str, entry: dict, methods: list[str]) -> list[str | Cell]:
+    """Return the accuracy of each method on one criterion, by length, and in other words."""
+    marks = (0.5, entry.get("length_baseline"))
+    tried = entry.get("methods") or {}
+    row: list[str | Cell] = [name.replace("_", " ")]
+    row += [_score(tried.get(method), "accuracy", marks, show=percent) for method in methods]
+    for side in ("longer_better", "shorter_better"):
+        part = (entry.get("length") or {}).get(side) or {}
+        row.append(f"{percent(part.get('accuracy'))} of {part['n']}" if number(part.get("n")) else "–")
+    other = entry.get("held_out") or {}
+    cell = _score(other, "accuracy", (0.5,), show=percent)
+    cell.detail = str(other.get("text") or "")
+    return [*row, cell]
+
+
+def _exam_notes(result: dict) -> list[str]:
+    notes, tries, repeat = [], result.get("canaries") or {}, result.get("repeatability") or {}
+    n, alone, both = (number(tries.get(key)) for key in ("n", "held", "held_with_guards"))
+    if n:
+        failed = {
+            str(text): sorted(set(map(str, names))) for text, names in (tries.get("failed") or {}).items()
+        }
+        raised = "".join(f"; {text!r} raised {', '.join(names)}" for text, names in failed.items())
+        note = f"begging for a grade: the model alone raised no score in {fixed(alone, 0)} of {n:.0f} tries "
+        note += f"({percent((alone or 0) / n)}); rules refuse {fixed(tries.get('refused'), 0)} of them, with "
+        notes.append(f"{note}both {fixed(both, 0)} held ({percent((both or 0) / n)}){raised}")
+    gap = number(repeat.get("largest_difference"))
+    if gap is not None:
+        apart = "bit-identical" if gap == 0 else f"up to {gap:.2g} apart"
+        replies = f"({repeat.get('replies', '?')} replies, all criteria)"
+        notes.append(f"read twice, in another order: {apart} {replies}; each reply is read alone")
+    return notes
+
+
+def exam_table(result: dict) -> Tables:
+    """Return the exam: the verdict on each criterion, every method, and the attempts to fool the judge."""
+    criteria = dict(list((result.get("criteria") or {}).items())[:MOST])
+    rows = [_criterion_row(name, entry) for name, entry in criteria.items()]
+    if result.get("overall"):
+        *cells, accuracy, longer, _ = _criterion_row("overall", result["overall"])
+        speed = number(result.get("scores_per_second")) or 0.0
+        cells[3] = f"{result.get('pairs', '?')} pairs"
+        # A judge on a CPU reads about one reply per second.
+        speed = f"{speed:.2g}" if speed < 10 else f"{speed:.0f}"
+        rows.append([*cells, accuracy, longer, "" if speed == "0" else f"{speed} scores per second"])
+    methods = list(dict.fromkeys(m for entry in criteria.values() for m in entry.get("methods") or {}))[:MOST]
+    tried = [_method_row(name, entry, methods) for name, entry in criteria.items() if entry.get("methods")]
+    head = ["criterion", "method", "weight", "right", "accuracy (95% interval)", "longer wins", "verdict"]
+    more = ["longer is better", "shorter is better", "in other words"]
+    tables = [Table("", head, rows), Table("Every method", ["every method", *methods, *more], tried)]
+    return Tables(tables, _exam_notes(result) if rows else [])
+
+
+WORDS = {"ok": ("ok", "up"), "noisy": ("NOISY", ""), "lost": ("LOST", "down"), "text": ("", "")}
+
+
+def export_verdict(entry: dict) -> tuple[str, str]:
+    """Return (word, tone) about one exported file. A file without a KL was not measured."""
+    word, tone = WORDS.get(entry.get("verdict"), WORDS["ok"])
+    if entry.get("ok") is False:
+        return WORDS["lost"]
+    if number(entry.get("kl")) is None and word:
+        return "not measured", ""
+    return word, tone
+
+
+def _export_row(name: str, entry: dict) -> list[str | Cell]:
+    kl, base, size = (number(entry.get(key)) for key in ("kl", "kl_base", "bytes"))
+    word, tone = export_verdict(entry)
+    of_training = None if kl is None or base is None else kl / max(base, NOTHING)
+    sizes = [f"{size / 1e6:,.1f} MB" if (size or 0) >= 1e5 else "–", "–" if kl is None else f"{kl:.1e}"]
+    shares = [percent(entry.get(key)) for key in ("kept", "agreement", "valid")]
+    verdict = Cell(word, tone=tone, detail=str(entry.get("why") or ""))
+    cells = [percent(of_training, 2), *shares, fixed(entry.get("rubric")), verdict]
+    return [name, *sizes, *cells, str(entry.get("file") or entry.get("path") or "")]
+
+
+def export_table(book: dict) -> Tables:
+    """Return how far each exported file is from the trained model, and how its answers are judged."""
+    trained, rows = book.get("trained") or {}, []
+    formats = dict(list((book.get("formats") or {}).items())[:MOST])
+    if number(trained.get("rubric")) is not None:
+        rows.append(["(trained)", *[""] * 5, percent(trained.get("valid")), fixed(trained["rubric"]), "", ""])
+    rows += [_export_row(name, entry) for name, entry in formats.items()]
+    head = ["format", "size", "KL", "of training", "kept", "same token", "valid", "rubric", "verdict", "file"]
+    return Tables([Table("", head, rows)] if formats else [])
