@@ -1,8 +1,8 @@
 # make demo   set up .venv, then the whole story on the embedded model
-# make test   set up .venv, then every promise once (at most 5 minutes on 2 quiet cores)
+# make test   set up .venv, then the fast tests
 # make test-all   the rest of the tests: all cases, the real model, processes that are killed
 # make lint   format and lint, as .ci/run does
-# make bench  what is faster than what, measured side by side (about 10 minutes on 2 cores)
+# make bench  what is faster than what, measured side by side
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -39,7 +39,6 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ from kardia.data.rows import NO_PROFILE, NO_SITUATION, find_span, read_rows
 from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Rubric, check_same_format, load_rubric
 from kardia.export.run_export import ExportOptions, Tools, run_export
 from kardia.judge.exam import drop_unfit_criteria, open_judge
-from kardia.judge.judge import Judge, JudgedReply, JudgeOptions, resolve_judge, weighted
+from kardia.judge.judge import Judge, JudgedReply, JudgeOptions, weighted
 from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
 from kardia.models import packed_rows, unsloth
@@ -621,17 +620,15 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
             if not checkpoints.already_done(run):
                 # A resumed run may draw shorter or fewer answers than before.
                 sizes = {"max_tokens": options.max_tokens, "group_size": options.group_size}
-                run.update(options={**run.facts["options"], **sizes})
-                run.update(setting=dataclasses.asdict(setting), memory_plan=terms)
+                run.update(
+                    options={**run.facts["options"], **sizes},
+                    setting=dataclasses.asdict(setting),
+                    memory_plan=terms,
+                )
                 parts = (worker, renderer, dialogues, options, rubric, judge, base)
                 rollouts = Rollouts(*parts, sample_group, score_answers)
                 run_grpo(options, run, rollouts, setting, adapter, longest)
     return run
-
-
-def trend_facts(run: Run) -> dict[str, Any]:
-    """Return what run.json says of a finished GRPO run: whether the reward of its rollouts rose."""
-    return {"reward_trend": reward_trend(run)}
 
 
 def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapter: Path, longest) -> None:
@@ -670,8 +667,14 @@ def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapte
     trainer.old_logps_from_sampler = by_llama and (bits == 4 or setting.rollout_type != "bf16")
     records = rollouts.write_to(run, trainer)
     try:
-        step_done, patience = records.step_done, options.patience
-        checkpoints.train(run, trainer, rollouts.board, patience, step_done, partial(trend_facts, run))
+        checkpoints.train(
+            run,
+            trainer,
+            rollouts.board,
+            options.patience,
+            records.step_done,
+            lambda: {"reward_trend": reward_trend(run)},  # whether the reward of the rollouts rose
+        )
     finally:
         rollouts.lora_gguf.unlink(missing_ok=True)
     if distributed.rank() == 0:
@@ -705,7 +708,7 @@ class Answerer:
             self.gguf, tokenizer = check_gguf(path), prepare_tokenizer(import_tokenizer(path), path.name)
         else:
             base = resolve_base(source)
-            tokenizer, self.model = load_tokenizer(base), None
+            tokenizer = load_tokenizer(base)
         if self.gguf is None and self.model is None:
             self.model = load_plain(base.directory, machine.compute_dtype())
         self.renderer = Renderer(tokenizer, form)
@@ -773,7 +776,7 @@ def export_run(options: ExportOptions, source: Path, target: Path) -> dict[str, 
     base = base_of_run(run.facts, run.path)
     renderer, rows = Renderer(load_tokenizer(base), rubric.form), load_rows([options.data], rubric)
     system = system_prompt(NO_PROFILE, NO_SITUATION, rubric.form)
-    tools = Tools(load_policy, score_answers, open_judge, resolve_judge, system)
+    tools = Tools(load_policy, score_answers, system)
     return run_export(options, run, base, renderer, rows, rubric, target, tools)
 
 

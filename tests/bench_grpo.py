@@ -38,7 +38,7 @@ from kardia.cli.process import configure_process
 from kardia.core.files import write_json
 from kardia.core.machine import PeakSampler, compute_dtype, default_threads, describe_machine
 from kardia.core.options import PROJECT
-from kardia.judge.judge import resolve_judge_lora
+from kardia.judge.judge import resolve_judge, resolve_judge_lora
 
 PARTS = ("rollout", "judge", "update", "step")
 PARAMETERS = 134_515_008  # of the embedded model
@@ -119,7 +119,7 @@ def endless_answers(worker, prompts, trainer, options, seeds, on_progress):
 
 def make_ours(work: Work, worker):
     lora = resolve_judge_lora(k.EMBEDDED, "auto")
-    judge = k.Judge(worker, k.resolve_judge(k.EMBEDDED), work.rubric, 0, lora=lora)
+    judge = k.Judge(worker, resolve_judge(k.EMBEDDED), work.rubric, 0, lora=lora)
     wanted = [(c, judge.chosen(c)) for c in work.rubric.criteria]
 
     def reward(prompts, completions, index, **_):
@@ -135,7 +135,7 @@ def make_plain(work: Work):
     from bench_judge import Json
     from trl import GRPOTrainer
 
-    path, threads = str(k.resolve_judge(k.EMBEDDED)), default_threads()
+    path, threads = str(resolve_judge(k.EMBEDDED)), default_threads()
     llama = llama_cpp.Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
     judge = Json(llama, work.rubric)
 

@@ -1,4 +1,4 @@
-"""Print the README's table of models and cards: what the plan says, nothing measured.
+"""Print the table of docs/gpu_and_memory.md of models and cards: what the plan says, nothing measured.
 
 python tests/bench_plan.py            the table in Markdown
 python tests/bench_plan.py --count    how far the plan of an update is from the real one, without data

@@ -1,6 +1,7 @@
 """What the tests share: a cache of their own, tiny models from a config, the embedded model, the command
 line."""
 
+import json
 import os
 import shlex
 import sys
@@ -36,6 +37,31 @@ def run(line, ok=True):
     if ok:
         assert result.exit_code == 0, (result.output, result.exception)
     return result
+
+
+def commands():
+    """Yield (whole name, command) of all commands and groups."""
+    import click
+
+    import kardia_lite as k
+
+    def walk(group, path=()):
+        for name, command in group.commands.items():
+            yield " ".join((*path, name)), command
+            if isinstance(command, click.Group):
+                yield from walk(command, (*path, name))
+
+    return walk(k.cli)
+
+
+def names_of(directory):
+    """The sorted names of what stands in a directory."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def lines_of(path):
+    """The rows of a JSONL file. A torn line fails here."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def with_signal(score):
@@ -106,8 +132,6 @@ def unjudged(tmp_path_factory):
 def pairs(tmp_path_factory):
     """Two exam pairs per criterion: enough to run the exam, too few to pass it. One file for all tests, so
     that the exam is sat once."""
-    import json
-
     import kardia_lite as k
 
     lines, seen = [], {}
@@ -121,30 +145,49 @@ def pairs(tmp_path_factory):
     return path
 
 
+def random_model(kind, attn="sdpa", **changes):
+    """A random float32 model of any architecture, the same at every call: 2 layers of 32 dimensions."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attn).float()
+
+
+def with_lora(model, seed=1, std=0.2, **settings):
+    """A model with a random LoRA on all linear layers that changes what it says (a new one's B is 0)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**settings, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
 @pytest.fixture
 def tiny():
     """A random model of any architecture: tiny("llama"), tiny("gemma3_text", sliding_window=8)."""
 
     def make(kind, attn="sdpa", **changes):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        sizes = {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-        }
-        config = AutoConfig.for_model(
-            kind, **{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
-        )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).float()
-        return model.requires_grad_(False)  # frozen, as a base is; a LoRA on top is trained
+        # Frozen, as a base is; a LoRA on top is trained.
+        return random_model(kind, attn, **changes).requires_grad_(False)
 
     return make
 
@@ -189,13 +232,11 @@ def make_template(directory, path, tokens=None, chat_template=None, metadata=Non
     """A GGUF as someone else might have made of the same model, all its weights 0: metadata only counts. Its
     tokenizer: none, a SentencePiece one (`tokens`: [(piece, score, kind), ..]), or that of another GGUF
     (`like`)."""
-    import json
-
     import gguf
     import numpy as np
 
     from kardia.models import gguf as gguf_files
-    from kardia.models import weights as weights_
+    from kardia.models.model_files import read_gguf
     from kardia.models.weights import Weights
 
     weights = Weights(directory)
@@ -212,7 +253,7 @@ def make_template(directory, path, tokens=None, chat_template=None, metadata=Non
     writer.add_uint32(f"{architecture}.attention.value_length", config["head_dim"])
     writer.add_uint32(f"{architecture}.rope.dimension_count", config["head_dim"])
     if like:
-        for key, field in weights_.read_gguf(like).fields.items():
+        for key, field in read_gguf(like).fields.items():
             if key.startswith("tokenizer.") and key != "tokenizer.chat_template":
                 writer.add_key_value(
                     key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
@@ -252,32 +293,15 @@ def little(tmp_path_factory, embedded):
     """A chat model in a GGUF whose every step takes a tenth of a second: a random llama with the embedded
     model's tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from kardia.models import gguf as gguf_files
-    from kardia.models.weights import Weights, gguf_value, read_gguf
+    from kardia.models.model_files import gguf_value, read_gguf
+    from kardia.models.weights import Weights
 
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 49152,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    config = AutoConfig.for_model(
-        "llama",
-        **sizes,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    changes = {"vocab_size": 49152, "max_position_embeddings": 2048, "pad_token_id": 2}
     path = tmp_path_factory.mktemp("little")
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path / "hf")
+    model = random_model("llama", **changes, tie_word_embeddings=True)
+    model.to(torch.bfloat16).save_pretrained(path / "hf")
     template = make_template(
         path / "hf",
         path / "template.gguf",

@@ -84,7 +84,6 @@ DIALOGUES = 4  # of those with that lead; all twelve with all attacks are 40 min
 
 
 @pytest.mark.slow
-@pytest.mark.real
 def test_no_attack_makes_a_bad_reply_pass_the_good_one(rubric):
     """Every attack, on both bad replies of the first dialogues that are in order."""
     with Worker() as worker:

@@ -13,8 +13,8 @@ import sys
 import time
 
 import pytest
+from conftest import lines_of, names_of, with_signal
 from conftest import run as invoke
-from conftest import with_signal
 
 import kardia_lite as k
 from kardia.core.run_directory import Run
@@ -44,16 +44,12 @@ def files_of(run):
 
 def steps_of(run):
     """Return the step of every line. A torn line fails here."""
-    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-
-
-def names_of(directory):
-    return sorted(path.name for path in directory.iterdir())
+    return [row["step"] for row in lines_of(run / "log.jsonl")]
 
 
 def short_rows(path, kind="dialogues", count=6):
     """Write the first rows of a data file with one short turn, so that a step takes a tenth of a second."""
-    rows = [json.loads(line) for line in (k.DATA / f"{kind}.jsonl").read_text("utf-8").splitlines()[:count]]
+    rows = lines_of(k.DATA / f"{kind}.jsonl")[:count]
     for row in rows:
         row |= {"person": row["person"][:20], "situation": row["situation"][:20]}
         row["messages"] = [{"role": "user", "content": row["messages"][0]["content"][:40]}]

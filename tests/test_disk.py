@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from conftest import run
+from conftest import names_of, run
 from test_checkpoints import files_of, steps_of
 
 from kardia.core import files
@@ -36,10 +36,6 @@ class Options:
 
 def create(path, options=None, resume=False, **facts):
     return Run.create(path, "sft", options or Options(), resume=resume, **facts)
-
-
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
 
 
 def refused(line):
@@ -85,7 +81,7 @@ def test_all_lines_or_none_on_a_full_disk(small_disk):
     with pytest.raises(OSError, match="run.json"):
         run_.update(text="x" * 100_000)
     assert (disk / "log.jsonl").read_text() == '{"step": 1}\n' and (disk / "run.json").read_text() == START
-    assert names(disk) == ["filler", "log.jsonl", "run.json"]
+    assert names_of(disk) == ["filler", "log.jsonl", "run.json"]
 
 
 def test_read_only_places_and_missing_permission(small_disk, tmp_path):
@@ -104,7 +100,7 @@ def test_read_only_places_and_missing_permission(small_disk, tmp_path):
                     create(path)
         finally:
             os.seteuid(0)
-        assert names(tmp_path) == ["disk", "locked"] and names(locked) == []
+        assert names_of(tmp_path) == ["disk", "locked"] and names_of(locked) == []
 
 
 @pytest.mark.slow
@@ -148,7 +144,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
         with pytest.raises(UserError, match="another process is working on this run"):
             create(path, resume=True)
         Run(path)  # reading needs no lock
-    assert names(path) == ["run.json"]
+    assert names_of(path) == ["run.json"]
     code = "import sys, pathlib; from kardia.core import files; path = pathlib.Path(sys.argv[1])\n"
     code += "lock = files.lock_directory(path, 'x'); print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(path / ".lock")]
@@ -159,7 +155,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     other.kill()
     other.communicate()
     create(path, resume=True).__exit__()
-    assert names(path) == ["run.json"]
+    assert names_of(path) == ["run.json"]
 
 
 def test_a_lock_whose_file_cannot_be_removed_is_released(tmp_path, monkeypatch):
@@ -169,7 +165,7 @@ def test_a_lock_whose_file_cannot_be_removed_is_released(tmp_path, monkeypatch):
         patch.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "in use by another process")))
         files.unlock_directory(lock)
     files.unlock_directory(files.lock_directory(tmp_path / ".lock", "taken"))
-    assert names(tmp_path) == []
+    assert names_of(tmp_path) == []
 
 
 def test_two_exports_into_one_directory(tmp_path):
@@ -200,7 +196,7 @@ def test_resume_wants_the_same_options_and_files(tmp_path, capsys):
         create(path, Options(rate=0.2), resume=True, hashes=hashes)
     with pytest.raises(UserError, match="the data is not what it was when the run began .aaaa, now bbbb"):
         create(path, resume=True, hashes={"data": "bbbb"})
-    assert names(path) == ["run.json"] and capsys.readouterr().err == ""
+    assert names_of(path) == ["run.json"] and capsys.readouterr().err == ""
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / ".run.json.123.part").write_text("{")
     for name in ("killed", "new"):
@@ -308,7 +304,7 @@ def test_checkpoints_go_by_step_whatever_the_clock_says(run_of):
         os.utime(run_.path / "checkpoint-6", (1, 1))
         assert [p.name for p in checkpoints.checkpoints(run_)] == ["checkpoint-4", "checkpoint-6"]
         assert checkpoints.newest(run_).name == "checkpoint-6" and not list(run_.path.glob(".checkpoint*"))
-    assert names(run_.path / "checkpoint-6") == [checkpoints.SEAL, "trainer_state.json"]
+    assert names_of(run_.path / "checkpoint-6") == [checkpoints.SEAL, "trainer_state.json"]
 
 
 class Bomb:

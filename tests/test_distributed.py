@@ -9,7 +9,7 @@ from pathlib import Path
 
 import launched
 import pytest
-from conftest import run
+from conftest import lines_of, run
 
 import kardia_lite as k
 from kardia.core import distributed
@@ -109,20 +109,16 @@ def output(lines):
     return output
 
 
-def rows_of(run, name="log.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text("utf-8").splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("alone", ["sft", "unpacked", "grpo"])
 def test_two_processes_train_what_one_trains(lines, output, alone):
     """SFT on packed rows and on TRL's own path, GRPO; also after a signal to one process and --resume."""
     one, *runs = sorted(lines[0].glob(f"{alone}*"))
     assert len(runs) == (1 if alone == "unpacked" else 2)
-    (_, adapter), log = read_adapter(one / "adapter"), rows_of(one)
+    (_, adapter), log = read_adapter(one / "adapter"), lines_of(one / "log.jsonl")
     assert any(b.abs().max() > 1e-3 for _, b in adapter.values())  # something was learned at all
     for two in runs:
-        for a, b in zip(log, rows_of(two), strict=True):
+        for a, b in zip(log, lines_of(two / "log.jsonl"), strict=True):
             for key in SAME:
                 assert a.get(key) == pytest.approx(b.get(key), rel=1e-4, abs=1e-6), (two, a["step"], key)
         (_, other) = read_adapter(two / "adapter")
@@ -132,13 +128,13 @@ def test_two_processes_train_what_one_trains(lines, output, alone):
 
 @pytest.mark.slow
 def test_groups_stay_whole_and_get_the_same_answers(lines, output):
-    one, two = (rows_of(lines[0] / run, "completions.jsonl") for run in ("grpo", "grpo2"))
+    one, two = (lines_of(lines[0] / run / "completions.jsonl") for run in ("grpo", "grpo2"))
     order = [(row["step"], row["group"], row["sample"]) for row in two]
     assert order == list(itertools.product((1, 2, 3), (0, 1), range(4)))
     for a, b in zip(one, two, strict=True):
         assert a["completion"] == b["completion"] and a["reward"] == b["reward"]
         assert a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
-    one, two = (rows_of(lines[0] / run, "tokens.jsonl") for run in ("grpo", "grpo2"))
+    one, two = (lines_of(lines[0] / run / "tokens.jsonl") for run in ("grpo", "grpo2"))
     keys = "step", "group", "tokens"
     assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 from click.testing import CliRunner
+from conftest import commands
 
 import kardia_lite as k
 from kardia.training.progress import METRICS
@@ -18,7 +19,8 @@ COMMAND = re.compile(r"(?:python|uv run|accelerate launch [^`\n]*?) ?kardia_lite
 PLACES = r"(?<![\w.$*-])/(?:work|home|root|tmp|usr|etc|opt|mnt|var)/|[A-Z]:\\"
 FORBIDDEN = re.compile(rf"{PLACES}|\bpypi\.|pythonhosted|index-url|artifactory", re.I)
 # Options of every command, of llama.cpp and of the benchmarks.
-OTHERS = set("--help --lora --count --sweep --quick --targets".split())
+OTHERS = set("--help --lora --count --sweep".split())
+COMMANDS = [(name, command) for name, command in commands() if not isinstance(command, click.Group)]
 PARTS = ["Usage", "What it prints and logs", "Implementation details", "Results"]
 
 
@@ -27,15 +29,6 @@ def anchors(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def commands(group=k.cli, path=()):
-    """Yield (whole name, command) of every command that is no group."""
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, (*path, name))
-        else:
-            yield " ".join((*path, name)), command
 
 
 def test_links_lead_somewhere():
@@ -70,7 +63,7 @@ def test_example_lines_parse(monkeypatch):
 
 
 def test_options_in_the_text_exist():
-    known = {option for _, command in commands() for parameter in command.params for option in parameter.opts}
+    known = {option for _, command in COMMANDS for parameter in command.params for option in parameter.opts}
     for page in PAGES:
         for option in re.findall(r"`(--[a-z][a-z-]+)[^`\n]*`", page.read_text(encoding="utf-8")):
             assert option in known | OTHERS, f"{page.name}: {option}"
@@ -79,7 +72,7 @@ def test_options_in_the_text_exist():
 def test_the_readme_is_short_and_lists_every_command():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 1_800
-    assert sorted(re.findall(r"^\| \[`([a-z ]+)`\]", text, re.M)) == sorted(name for name, _ in commands())
+    assert sorted(re.findall(r"^\| \[`([a-z ]+)`\]", text, re.M)) == sorted(name for name, _ in COMMANDS)
     for name in k.cli.commands:
         page = ROOT / "docs" / "commands" / f"{name}.md"
         assert re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M) == PARTS, page

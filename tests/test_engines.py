@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, with_signal
+from conftest import lines_of, run, with_signal
 from test_checkpoints import short_rows
 
 import kardia_lite as k
@@ -102,10 +102,6 @@ def common(unjudged, tmp_path, monkeypatch):
     return f"--rubric {unjudged}"
 
 
-def rows_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 def facts_of(path):
     return json.loads(path.read_text())
 
@@ -128,7 +124,7 @@ def test_the_lora_of_a_4_bit_model_is_trained_in_float32(little, tmp_path, commo
     before, after = pairs
     moved = [float((x != y).float().mean()) for name in before for x, y in zip(before[name], after[name])]
     assert min(moved) > 0.9
-    first, second = rows_of(tmp_path / "grpo")
+    first, second = lines_of(tmp_path / "grpo" / "log.jsonl")
     # The reference is the SFT adapter, to the last bit. (One such step's KL may be below float32's
     # resolution.)
     assert first["kl"] == 0 and 0 <= second["kl"] < 1
@@ -157,7 +153,8 @@ def the_whole_way(engine, bits, model, work, common, monkeypatch):
         assert result.exit_code == 1 and "--resume" in result.output
     assert (work / "resumed" / "checkpoint-1").is_dir()
     run(f"{grpo} --resume --out {work}/resumed")
-    for whole, resumed in zip(rows_of(work / "whole"), rows_of(work / "resumed"), strict=True):
+    logs = [lines_of(work / name / "log.jsonl") for name in ("whole", "resumed")]
+    for whole, resumed in zip(*logs, strict=True):
         # After the resume it stands where it stood, off its reference.
         assert resumed["grad_norm"] > 0 and (resumed["kl"] > 0) == (resumed["step"] > 1)
         # A GPU rounds otherwise from run to run, and other answers may be drawn.

@@ -7,6 +7,7 @@ import shutil
 import click
 import pytest
 from click.testing import CliRunner
+from conftest import commands
 
 import kardia_lite as k
 from kardia.core.options import DATA, PROJECT
@@ -22,13 +23,6 @@ REAL = {
     "evaluate base runs/sft runs/grpo": f"--data few/eval.jsonl --max-tokens 8 {EXAM}",
     "chat runs/grpo": "--max-tokens 24",
 }
-
-
-def commands(group=k.cli, path=()):
-    for name, command in group.commands.items():
-        yield " ".join((*path, name)), command
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
 
 
 def examples():

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import names_of
 from conftest import run as command
 
 import kardia_lite as k
@@ -16,9 +17,11 @@ from kardia.core.options import DATA, PROJECT
 from kardia.export import formats, proof, run_export
 from kardia.llama.worker import Worker
 from kardia.models import gguf as gguf_files
-from kardia.models import gguf_tokenizer, weights
+from kardia.models import gguf_tokenizer
+from kardia.models.adapter import read_adapter
 from kardia.models.generate import load_plain, torch_logits
-from kardia.models.weights import ExportError, Weights, read_adapter, write_merged
+from kardia.models.model_files import ExportError, add_compatibility_keys
+from kardia.models.weights import Weights, write_merged
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}  # rows that divide by Q8_0's 32
 GEMMA2 = {"query_pre_attn_scalar": 16, "sliding_window": 16}
@@ -169,7 +172,7 @@ def test_transformers_4_finds_its_keys(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
         (tmp_path / "tokenizer.json").write_text("{}")
-        weights.add_compatibility_keys(tmp_path)
+        add_compatibility_keys(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         assert {key: config.get(key) for key in expected} == expected and config["torch_dtype"] == "bfloat16"
         tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -433,10 +436,6 @@ def book_in(directory):
     return json.loads((directory / "export.json").read_text())
 
 
-def names_in(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
 @pytest.fixture
 def template(vocabulary, tiny_directory, template_of, tmp_path):
     """A GGUF of the base `hub-base` of the run: a random little llama."""
@@ -503,7 +502,7 @@ def test_an_export_that_was_stopped_goes_on_and_another_is_kept_out(run, templat
 
     monkeypatch.setattr(formats.Exporter, "write", counted)
     assert "the same command goes on" in lost(run, out, "merged,q8_0,f16", more)
-    assert names_in(out) == ["export.json", "merged"]  # no half file, no hidden folder
+    assert names_of(out) == ["export.json", "merged"]  # no half file, no hidden folder
     (out / ".part").mkdir()  # what a kill -9 would leave
     (out / ".part" / "half.gguf").write_bytes(b"x")
     stop_at.clear()
@@ -516,7 +515,7 @@ def test_an_export_that_was_stopped_goes_on_and_another_is_kept_out(run, templat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     assert "thesis.txt" in lost(run, tmp_path / "mine", "merged")
-    assert names_in(tmp_path / "mine") == ["thesis.txt"]
+    assert names_of(tmp_path / "mine") == ["thesis.txt"]
 
 
 def test_what_is_refused_before_the_work(run, tiny_directory, tmp_path, monkeypatch):
@@ -578,7 +577,7 @@ def test_one_lost_format_does_not_stain_the_others(run, template, tmp_path, monk
     monkeypatch.setattr(formats.Exporter, "write", write)
     export(run, out, "f16", more)
     names = ["Modelfile", "export.json", "someone-hub-base-run-f16.gguf", "someone-hub-base-run-q8_0.gguf"]
-    assert names_in(out) == names
+    assert names_of(out) == names
     monkeypatch.setattr(proof.Proof, "measure_trained", lambda self: pytest.fail("nothing is to be measured"))
     shutil.move(out, tmp_path / "moved")
     export(run, tmp_path / "moved", "modelfile", more)
@@ -594,7 +593,8 @@ def test_answers_are_judged_once_and_forgotten_with_their_questions(monkeypatch)
         return [k.Reward({"format": 1.0, "rubric": scores[text]}, {}, None) for _, text in answers]
 
     opened = []
-    tools = run_export.Tools(None, score, lambda *a: (opened.append(a), {}), None, "")
+    monkeypatch.setattr(run_export, "open_judge", lambda *a: (opened.append(a), {}))
+    tools = run_export.Tools(None, score, "")
     book = {"trained": {"answers": ["good", "bad"]}, "formats": {"f16": {"answers": ["unread", "unread"]}}}
     asked, options = ["q1", "q2"], run_export.ExportOptions()
     run_export.rescore(book, asked, None, k.EMBEDDED, options, None, tools)
@@ -637,7 +637,7 @@ def test_llama_cpps_converter_is_used_where_given(run, template, tmp_path):
     assert book["f16"]["ok"] and book["q5_0"]["ok"]
     script.write_text("import sys; print('loading'); sys.exit('Model FooForCausalLM is not supported')")
     assert "Model FooForCausalLM is not supported" in lost(run, tmp_path / "bad", "f16", more)
-    assert not names_in(tmp_path / "bad")
+    assert not names_of(tmp_path / "bad")
 
 
 @pytest.mark.slow
@@ -669,4 +669,4 @@ def test_llama_cpps_quantizer_failing_leaves_one_line_and_no_half_file(run, temp
     monkeypatch.setattr(Worker, "quantize", on_a_full_disk)
     error = lost(run, tmp_path / "out", "f16,q5_0", f"--gguf-template {template}")
     assert "llama.cpp could not quantize to q5_0" in error
-    assert names_in(tmp_path / "out") == ["export.json", "someone-hub-base-run-f16.gguf"]
+    assert names_of(tmp_path / "out") == ["export.json", "someone-hub-base-run-f16.gguf"]

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from kardia.models import gguf as gguf_files
-from kardia.models.weights import ExportError, Weights, write_merged
+from kardia.models.model_files import ExportError
+from kardia.models.weights import Weights, write_merged
 
 FAMILIES = {
     "llama": {},

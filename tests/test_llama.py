@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import with_lora
 from test_odd_files import write_model
 
 from kardia.core.machine import compute_dtype, out_of_memory
@@ -264,18 +265,13 @@ def test_the_import_is_the_same_model(real, torch_model, renderer):
 def test_the_sampler_is_the_model_that_torch_trains(real, renderer, torch_model, embedded, tmp_path, role):
     """Mean KL between torch's distribution and the sampler's below 1e-3 nats, with a LoRA, at every token."""
     import torch
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     from kardia.models import gguf as gguf_files
-    from kardia.models import weights
+    from kardia.models.adapter import lora_pairs
 
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(torch_model, lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    pairs = weights.lora_pairs({n: t.detach() for n, t in get_peft_model_state_dict(model).items()})
+    model = with_lora(torch_model, seed=0, std=0.1, r=8, lora_alpha=16)
+    pairs = lora_pairs({n: t.detach() for n, t in get_peft_model_state_dict(model).items()})
     config = json.loads((embedded.directory / "config.json").read_text())
     adapter = model.peft_config["default"].to_dict()
     real.set_lora(role, gguf_files.write_lora_gguf(adapter, pairs, config, tmp_path / "lora.gguf"))

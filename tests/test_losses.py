@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import with_lora
 
 import kardia_lite as k
 from kardia.models import packed_rows
@@ -23,15 +24,7 @@ KINDS = {
 
 
 def lora(model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return with_lora(model, r=4, lora_alpha=8)
 
 
 def batch(groups, seed=0):

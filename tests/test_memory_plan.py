@@ -240,7 +240,7 @@ TINY = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "vocab_siz
 @pytest.mark.slow
 def test_a_quantized_base_is_as_large_as_llama_cpp_makes_it(tiny_directory, template_of, tmp_path):
     from kardia.llama.worker import Worker
-    from kardia.models.weights import read_gguf
+    from kardia.models.model_files import read_gguf
 
     tied = {"tie_word_embeddings": True}
     odd = {"hidden_size": 288, "head_dim": 72, **tied}  # no multiple of 256
@@ -264,7 +264,7 @@ def test_llama_cpp_takes_the_cells_and_the_buffer_that_are_planned():
     import llama_cpp as lib
 
     from kardia.models.base import embedded_gguf
-    from kardia.models.weights import gguf_value, read_gguf
+    from kardia.models.model_files import gguf_value, read_gguf
 
     lines, reader = [], read_gguf(embedded_gguf())
     log = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode(errors="replace")))

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import run, with_signal
+from conftest import lines_of, run, with_signal
 from test_checkpoints import short_rows, steps_of
 
 import kardia_lite as k
@@ -24,10 +24,6 @@ FEW = "--limit 4 --batch-size 2 --learning-rate 5e-3 --max-steps 4"
 
 def adapter_bytes(path):
     return (path / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def facts_of(path):

@@ -1,11 +1,11 @@
 """The live view of a run: trends, the board on a terminal, the plain log elsewhere, and GRPO's own stop."""
 
 import io
-import json
 import re
 from types import SimpleNamespace
 
 import pytest
+from conftest import lines_of
 from rich.console import Console
 
 from kardia.core import console
@@ -132,7 +132,7 @@ def test_the_second_signal_ends_the_run_at_once(tmp_path):
 def test_the_log_has_one_line_per_step_with_memory_and_times(tmp_path):
     second = {**grpo_step(2), "entropy": float("nan"), "time/rollout": 2.0, "time/judge": 1.0}
     play(tmp_path, [grpo_step(1), second], step_done={1: {}, 2: {"time/inspect": 0.5}}.get)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = lines_of(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["memory_gb"] > 0 and row["seconds"] >= 0 for row in rows)
     assert "entropy" not in rows[1] and "time/inspect" not in rows[0]  # NaN is no JSON

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_checkpoints import forks, names_of, short_rows, spawn, victim
+from conftest import names_of
+from test_checkpoints import forks, short_rows, spawn, victim
 
 from kardia.core.run_directory import Run
 

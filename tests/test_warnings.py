@@ -4,16 +4,16 @@ import json
 import math
 import random
 import re
-from pathlib import Path
 
 import pytest
+from conftest import lines_of
 from test_report import write_run
 
+from kardia.core.options import DATA
 from kardia.results import run_files, warnings
 from kardia.results.warnings import RunWarning
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-PROMPTS = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+PROMPTS = lines_of(DATA / "prompts.jsonl")
 DIALOGUES = (DATA / "dialogues.jsonl").read_text(encoding="utf-8").replace('\\"', '"')
 REPLIES = re.findall(r"<\|response_begin\|>(.*?)<\|response_end\|>", DIALOGUES)
 SENTENCES = sorted({sentence for reply in REPLIES for sentence in re.split(r"(?<=[.!?])\s+", reply)})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 from kardia.core.console import CONTROL, UserError, say
+from kardia.core.files import as_json_lines
 from kardia.data.rows import MARKER, find_span
 from kardia.data.rubric import AnswerFormat
 
@@ -186,7 +186,7 @@ def save_row(path: Path, dialogue, form: AnswerFormat) -> None:
     row["messages"] = [{"role": role, "content": content} for role, content in dialogue.messages]
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(as_json_lines([row]))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     say(f"added to {path}")

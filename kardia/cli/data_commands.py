@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from kardia.cli.process import FILE, configure_process
-from kardia.core.console import CONTROL, UserError, progress, say
+from kardia.core.console import CONTROL, progress, say
+from kardia.core.files import check_new
 from kardia.core.options import RUBRIC, option, options
 from kardia.data import importers, overview
 from kardia.data.rubric import AnswerFormat, load_rubric
@@ -147,8 +148,7 @@ def import_(source: str, kind: str, out: Path | None, options: ImportOptions) ->
     kardia_lite.py data import ESConv.json --format esconv --out support.jsonl
     """
     target = out or Path("data") / f"{kind}.jsonl"
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another --out")
+    check_new(target)
     labels = load_rubric(options.rubric).labels
     with progress("importing") as on_progress:
         result = importers.import_dataset(source, kind, target, labels, on_progress, options.split)

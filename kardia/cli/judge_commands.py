@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import click
 
 from kardia.cli.process import FILE, configure_process
 from kardia.core.console import UserError, progress, say, shorten
-from kardia.core.files import json_lines, write_json, write_text
+from kardia.core.files import as_json_lines, check_new, json_lines, write_json, write_text
 from kardia.core.options import DATA, RUBRIC, option, options
 from kardia.data.rubric import METHODS, load_rubric
 from kardia.judge import exam
 from kardia.judge.judge import JudgedReply, weighted
 from kardia.judge.train import JudgeTrainOptions, train_judge
 from kardia.llama.worker import Worker
-from kardia.models.base import EMBEDDED, load_tokenizer
+from kardia.models.base import EMBEDDED
 from kardia.results.tables import exam_table
 
 
@@ -87,7 +86,7 @@ def judge_train(script, options: JudgeTrainOptions, out: Path) -> None:
     def load_policy(base, bits: int, **lora):
         return script.load_policy(base, "transformers", bits, **lora)
 
-    result = train_judge(options, out, load_policy, load_tokenizer)
+    result = train_judge(options, out, load_policy)
     for when in ("before", "after"):
         share, low, high = result[when]
         pairs = f"{result['pairs']} held-out pairs"
@@ -109,8 +108,7 @@ def judge_score(file: Path, options: ExamOptions, out: Path) -> None:
     kardia_lite.py judge score replies.jsonl --out scored.jsonl
     """
     configure_process(False, options.judge)
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
+    check_new(out)
     rubric = load_rubric(options.rubric)
     rows, replies = read_replies(file, rubric.form)
     with Worker() as worker:
@@ -123,7 +121,7 @@ def judge_score(file: Path, options: ExamOptions, out: Path) -> None:
                 scores += scorer.scores(replies[begin : begin + 32])
                 on_progress(len(scores))
     scored = [{**row, "scores": s, "rubric": weighted(s, rubric.weights)} for row, s in zip(rows, scores)]
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored))
+    write_text(out, as_json_lines(scored))
     summary = f"{out}: {len(rows)} rows scored"
     if unknown := sum(None in row.values() for row in scores):
         context = f"the judge's context of {scorer.info['n_ctx_train']} tokens"

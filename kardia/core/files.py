@@ -87,6 +87,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def as_json_lines(rows: list[dict]) -> str:
+    """Return rows as the text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -129,6 +134,12 @@ def file_hash(path: Path) -> str:
 def digest(data: bytes) -> str:
     """Return the first 16 digits of the sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def check_new(path: Path) -> None:
+    """Raise UserError if a file to write is there already."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another --out")
 
 
 def cache_directory() -> Path:

@@ -12,7 +12,14 @@ from typing import Any
 
 from kardia.core import distributed
 from kardia.core.console import UserError, say
-from kardia.core.files import json_lines, lock_directory, unlock_directory, write_json, write_text
+from kardia.core.files import (
+    as_json_lines,
+    json_lines,
+    lock_directory,
+    unlock_directory,
+    write_json,
+    write_text,
+)
 from kardia.core.machine import describe_machine, versions
 
 STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # each line of them belongs to one step
@@ -116,7 +123,7 @@ class Run:
         if distributed.rank():
             return
         path = self.path / name
-        data = _lines(records).encode("utf-8", errors="replace")
+        data = as_json_lines(records).encode("utf-8", errors="replace")
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
             try:
@@ -135,11 +142,7 @@ class Run:
         for path in (self.path / name for name in STEP_FILES if (self.path / name).exists()):
             rows = [row for _, row, _ in json_lines(path, strict=False) if isinstance(row, dict)]
             rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
-            write_text(path, _lines(rows))
-
-
-def _lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(path, as_json_lines(rows))
 
 
 def _as_json(options: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TextIO
 from kardia.core.console import UserError, one_line, shorten
 from kardia.core.files import temporary_path
 from kardia.data.rows import NO_PROFILE
+from kardia.data.rubric import DEFAULT_FORMAT
 
 FORMATS = {  # name -> the files that are read of a directory; ESConv's own folder holds other JSON beside it
     "kardiabench": ("*.jsonl", "*.json", "*.parquet"),
@@ -35,7 +36,7 @@ ESCONV_NOUNS = "anxiety nervousness depression sadness anger fear shame disgust 
 ADJECTIVES = "anxious anxious sad sad angry afraid ashamed disgusted guilty jealous".split()  # our labels
 ESCONV_LABELS = dict(zip(ESCONV_NOUNS, ADJECTIVES))
 ESCONV_ROLES = {"seeker": "user", "usr": "user", "supporter": "assistant", "sys": "assistant"}
-SPANS = ("understanding", "reasoning", "emotion", "response")
+SPANS = DEFAULT_FORMAT.names  # KardiaBench has the same
 ANY_TAG = re.compile(r"</?(?:{0})>|<\|(?:{0})_(?:begin|end)\|>".format("|".join(SPANS)))
 ANSWERS = [  # a whole answer, in our markers and in those of the dataset card
     re.compile(r"\s*".join(form.format(span) for span in SPANS), re.DOTALL)

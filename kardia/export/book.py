@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kardia.core.console import shorten
 from kardia.core.files import small_json
-from kardia.models.weights import ExportError
+from kardia.models.model_files import ExportError
 
 REQUIRED = {"format": str, "ok": bool, "why": str, "loader": str, "bytes": int, "verdict": str, "file": str}
 # A table reads these numbers. Where the first of a row is known, the others must be known too.

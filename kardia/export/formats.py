@@ -19,7 +19,8 @@ from kardia.core.files import file_hash, lock_directory, unlock_directory, write
 from kardia.export import ollama
 from kardia.export.book import best_gguf, is_whole, read_book
 from kardia.models import gguf as gguf_files
-from kardia.models.weights import ExportError, Weights, read_gguf, write_merged
+from kardia.models.model_files import ExportError, read_gguf
+from kardia.models.weights import Weights, write_merged
 
 FORMATS = ("merged", "lora", "modelfile")  # besides every type of GGUF
 LOW_BIT = re.compile(r"(iq|tq|q|mxfp|nvfp)[1-4]")  # GGUF types of 4 bits or fewer

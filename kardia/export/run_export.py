@@ -16,7 +16,8 @@ from kardia.core.options import DATA, RUBRIC, option
 from kardia.export.book import best_gguf
 from kardia.export.formats import Exporter, parse_formats
 from kardia.export.proof import Proof, proof_prompts
-from kardia.judge.judge import JudgeOptions
+from kardia.judge.exam import open_judge
+from kardia.judge.judge import JudgeOptions, resolve_judge
 from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED
@@ -48,8 +49,6 @@ class Tools:
 
     load_policy: Callable  # (base, engine, bits, *, adapter, dtype) -> PeftModel
     score_answers: Callable  # ([(dialogue, answer)], rubric, judge, whole_text) -> [Reward]
-    open_judge: Callable  # (worker, judge, rubric, gpu_layers, exam_pairs, lora) -> (Judge, exam)
-    resolve_judge: Callable  # judge -> path; raises UserError
     system: str  # the system prompt of a chat without a profile, for the Modelfile
 
 
@@ -81,7 +80,7 @@ def run_export(options: ExportOptions, run, base, renderer, rows, rubric, target
         none = "no row fits into 1,024 tokens, and the proof needs some"
         raise UserError(f"{options.data}: {none}; give others with --data")
     if asked:
-        tools.resolve_judge(judge)  # a missing judge is reported now, not after the work
+        resolve_judge(judge)  # a missing judge is reported now, not after the work
     bits = 16 if options.merge_into == "16bit" else run.facts["bits"]
     chat = ([renderer.tokenizer.eos_token_id], trained_template(renderer.tokenizer))
     name = f"{base.name}-{run.path.name}"
@@ -147,7 +146,7 @@ def rescore(book, asked, rubric, judge: str, options: ExportOptions, worker: Wor
     if all("rubric" in entry for entry in entries):
         return
     settings = options.judge_gpu_layers, options.exam_pairs, options.judge_lora
-    scorer, _ = tools.open_judge(worker, judge, rubric, *settings)
+    scorer, _ = open_judge(worker, judge, rubric, *settings)
     for entry in entries:
         pairs = list(zip(asked, entry["answers"]))
         rewards = tools.score_answers(pairs, rubric, scorer, whole_text=True)

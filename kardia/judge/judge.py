@@ -31,7 +31,7 @@ from kardia.llama.sampling import logsumexp, sigmoid
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED, embedded_gguf, resolve_base
 from kardia.models.chat_template import render_template
-from kardia.models.weights import read_gguf
+from kardia.models.model_files import read_gguf
 
 JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded model
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
@@ -134,12 +134,12 @@ class Calibration:
 class Judge:
     """A judge GGUF behind the worker, with a LoRA or without, and the rubric it is asked about."""
 
-    def __init__(
-        self, worker: Worker, path, rubric: Rubric, gpu_layers: int = 0, role: str = "judge", lora=None
-    ) -> None:
-        self.worker, self.rubric, self.role = worker, rubric, role
-        self.info = worker.load(role, path, gpu_layers)
-        worker.set_lora(role, lora)
+    role = "judge"  # its place in the worker
+
+    def __init__(self, worker: Worker, path, rubric: Rubric, gpu_layers: int = 0, lora=None) -> None:
+        self.worker, self.rubric = worker, rubric
+        self.info = worker.load(self.role, path, gpu_layers)
+        worker.set_lora(self.role, lora)
         self.path, self.lora = str(path), lora
         self.calibration: dict[str, Calibration] = {}
         self.other_words: dict[str, Calibration] = {}  # of the held-out questions the judge can read

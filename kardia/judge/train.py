@@ -12,7 +12,6 @@ Pairs are varied by rule (`vary`), never at exam time.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -22,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from kardia.core.console import UserError, progress, say
+from kardia.core.files import check_new
+from kardia.core.machine import read_config
 from kardia.core.options import DATA, CommonOptions, option
 from kardia.data.rubric import Cue, load_rubric
 from kardia.judge.exam import load_pairs, situation
 from kardia.judge.exam_statistics import right_or_wrong, wilson
 from kardia.judge.guards import rules
 from kardia.judge.judge import REPLY_TOKENS, JudgedReply
-from kardia.models import gguf as gguf_files
-from kardia.models.base import EMBEDDED, Base, resolve_base
+from kardia.models.base import EMBEDDED, load_tokenizer, resolve_base
+from kardia.models.gguf import write_lora_gguf
 from kardia.models.packed_rows import enable_packed_rows, pack
-from kardia.models.weights import lora_pairs
+from kardia.models.policy import lora_of
 
 
 @dataclass
@@ -146,10 +147,10 @@ def accuracy(margins: Margins, pairs: list[dict]) -> tuple[float, float, float]:
     return (right / len(pairs), *wilson(right, len(pairs)))
 
 
-def train_judge(options: Any, out: Path, load_policy: Callable, load_tokenizer: Callable) -> dict[str, Any]:
+def train_judge(options: Any, out: Path, load_policy: Callable) -> dict[str, Any]:
     """Train a judge's LoRA on pairs of replies, write it as GGUF; return accuracy before and after.
 
-    load_policy(base, bits, rank=, alpha=, seed=) returns a PeftModel, load_tokenizer(base) its tokenizer.
+    load_policy(base, bits, rank=, alpha=, seed=) returns a PeftModel.
     """
     rubric = load_rubric(options.rubric)
     questions = {c.name: c.cues_of("ask")[0] for c in rubric.criteria if "ask" in c.methods}
@@ -158,8 +159,7 @@ def train_judge(options: Any, out: Path, load_policy: Callable, load_tokenizer: 
     if shared := {situation(p) for p in pairs} & {situation(p) for p in held_out}:
         rule = "a judge must not be examined on what it was trained on"
         raise UserError(f"{options.pairs} and {options.exam_pairs} share {len(shared)} situations; {rule}")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
+    check_new(out)
     base = resolve_base(options.judge)
     rank, tokenizer = options.lora_rank, load_tokenizer(base)
     model = load_policy(base, 16, rank=rank, alpha=2 * rank, seed=options.seed)
@@ -184,16 +184,5 @@ def train_judge(options: Any, out: Path, load_policy: Callable, load_tokenizer: 
 
     train(model, margins, pairs, options, on_progress)
     after = accuracy(margins, held_out)
-    write_judge_lora(model, base, out)
+    write_lora_gguf(*lora_of(model), read_config(base.directory), out, half=True)
     return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.monotonic() - began}
-
-
-def write_judge_lora(model: Any, base: Base, out: Path) -> None:
-    """Write the trained LoRA as a GGUF that llama.cpp puts on the judge."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, adapter_name="default")
-    state = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
-    config = json.loads((base.directory / "config.json").read_text())
-    adapter = model.peft_config["default"].to_dict()
-    gguf_files.write_lora_gguf(adapter, lora_pairs(state), config, out, half=True)

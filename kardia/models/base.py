@@ -6,7 +6,8 @@ import json
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ class Base:
     name: str
     directory: Path
     template: Path | None  # the source GGUF: metadata and tokenizer for every GGUF we write
-    hash: str
+    known_hash: str = field(default="", compare=False)
+
+    @cached_property
+    def hash(self) -> str:
+        """Return the hash of the weights. Reading 15 GB takes a minute: only who asks waits for it."""
+        return self.known_hash or file_hash(self.directory)
 
     @property
     def imported(self) -> bool:
@@ -126,7 +132,7 @@ def resolve_base(model: str, gguf_template: Path | None = None) -> Base:
     if gguf_template:
         check_gguf(gguf_template)
         gguf_files.check_template(gguf_template, Weights(path))
-    return Base(name, path, gguf_template, file_hash(path))
+    return Base(name, path, gguf_template)
 
 
 def _check_directory(path: Path) -> None:
@@ -186,7 +192,7 @@ def download(model: str, patterns: tuple[str, ...] = PARTS) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises dozens of classes; all mean a failed download
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         fix = "offline, give a local directory or .gguf"
         raise UserError(f"{model}: cannot be downloaded from the hub ({reason}); {fix}") from error
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
-from kardia.core.console import UserError
+from kardia.core.console import UserError, printable
 from kardia.core.files import cache_directory
 
 SECONDS = 10.0  # real templates take a millisecond
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (RecursionError, MemoryError)):
         return ENDLESS if isinstance(error, RecursionError) else GREEDY
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = "".join(c if c.isprintable() else " " for c in text)[:160]
+    text = printable(text)[:160]
     return f"{'reaches for Python' if isinstance(error, SecurityError) else 'cannot be rendered'} ({text})"
 
 

@@ -129,11 +129,11 @@ def _plan(reader, file_type: str) -> list[tuple]:
 
 
 def write_gguf(
-    template: Path, target: Path, file_type: str, replace: dict | None = None, metadata: dict | None = None
+    template: Path, target: Path, file_type: str, tensors: dict[str, Callable], metadata: dict | None = None
 ) -> Path:
     """Write `target`: the GGUF `template` with its tensors in `file_type` (f32, f16, bf16 or q8_0).
 
-    metadata is added to the template's. replace: {GGUF name: function returning float32 [rows, columns]} of
+    metadata is added to the template's. tensors: {GGUF name: function returning float32 [rows, columns]} of
     all weights. One tensor is in memory at a time.
     """
     import gguf
@@ -141,7 +141,7 @@ def write_gguf(
 
     reader = read_gguf(template)
     plan = _plan(reader, file_type)
-    replace = _complete(template, {tensor.name for tensor in reader.tensors}, replace) if replace else {}
+    tensors = _complete(template, {tensor.name for tensor in reader.tensors}, tensors)
     temporary = temporary_path(target)
     writer = gguf.GGUFWriter(temporary, gguf_value(reader, "general.architecture"))
     _copy_metadata(reader, writer, metadata or {})
@@ -154,11 +154,11 @@ def write_gguf(
             raw, n_bytes = kind, math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=raw)
 
-    def tensors():
+    def quantized():
         for tensor, shape, kind in plan:
-            if tensor.name in replace:
-                values = replace[tensor.name]()
-            else:
+            if tensor.name in tensors:
+                values = tensors[tensor.name]()
+            else:  # the template's own rope factors
                 values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             values = np.ascontiguousarray(values, dtype=np.float32)  # [rows, columns]
             if values.shape != shape:
@@ -166,7 +166,7 @@ def write_gguf(
                 raise ExportError(f"{tensor.name}: {why}")
             yield gguf.quants.quantize(values, kind)
 
-    return _finish(writer, temporary, target, tensors())
+    return _finish(writer, temporary, target, quantized())
 
 
 def _finish(writer, temporary: Path, target: Path, tensors: Iterable) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from kardia.core.console import UserError, one_line
 from kardia.core.files import cache_directory, file_hash, file_lock
+from kardia.core.machine import read_config
 from kardia.models.adapter import lora_pairs, read_adapter
 from kardia.models.base import Base, keep_on_host, reporting_load_errors, silence_transformers
 from kardia.models.gguf import write_lora_gguf
@@ -91,6 +91,5 @@ def lora_gguf_of(adapter: Path, base: Base) -> Path:
     with file_lock(cache_directory() / target.name):
         if not target.exists():
             facts, pairs = read_adapter(adapter)
-            config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
-            write_lora_gguf(facts, pairs, config, target)
+            write_lora_gguf(facts, pairs, read_config(base.directory), target)
     return target

@@ -15,15 +15,8 @@ from pathlib import Path
 from kardia.core.console import one_line
 from kardia.core.files import small_json, temporary_path
 from kardia.core.machine import read_config
-from kardia.models.adapter import lora_pairs, lora_scale, read_adapter  # noqa: F401 (others import it here)
-from kardia.models.model_files import (  # noqa: F401 (others import them here)
-    ExportError,
-    add_compatibility_keys,
-    add_stop_tokens,
-    gguf_value,
-    read_gguf,
-    save_shards,
-)
+from kardia.models.adapter import lora_scale, read_adapter
+from kardia.models.model_files import ExportError, add_compatibility_keys, add_stop_tokens, save_shards
 
 PART = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")  # a plain name: nothing leads out of the directory
 

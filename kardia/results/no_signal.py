@@ -15,9 +15,9 @@ from kardia.results.run_files import number
 
 
 @cache
-def _remedies() -> dict[str, str]:
-    text = Path(__file__).with_name("warnings.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)["remedies"]
+def warning_words() -> dict:
+    """Return warnings.yaml: the limits, texts and remedies of all warnings."""
+    return yaml.safe_load(Path(__file__).with_name("warnings.yaml").read_text(encoding="utf-8"))
 
 
 def known_scores(scores: dict | None) -> dict[str, float]:
@@ -54,7 +54,7 @@ def _commonest(texts: list) -> dict:
 def _remedy(groups: list[list[dict]], values: dict[str, list[float | None]]) -> str:
     """Return the cause and its remedy. `values` are the components, one value per answer."""
     # The first cause that holds counts: without a valid format nothing else of a reply can be right.
-    rows, remedies = [row for group in groups for row in group], _remedies()
+    rows, remedies = [row for group in groups for row in group], warning_words()["remedies"]
     if 2 * values.get("rubric", []).count(None) >= len(rows):
         return remedies["unjudged"]
     if 2 * values.get("format", []).count(0.0) >= len(rows):

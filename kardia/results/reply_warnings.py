@@ -11,18 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import yaml
-
 from kardia.data.rows import WORD, find_span
 from kardia.results.groups import groups_of
-from kardia.results.no_signal import known_scores, plain_names
+from kardia.results.no_signal import known_scores, plain_names, warning_words
 from kardia.results.run_files import fixed, mean_of, number
 
-_WORDS = yaml.safe_load((Path(__file__).parent / "warnings.yaml").read_text(encoding="utf-8"))
+_WORDS = warning_words()
 LIMITS = SimpleNamespace(**_WORDS["limits"])  # of all warnings; warnings.yaml gives their reasons
 GRADING = "|".join(_WORDS["grading"])
 

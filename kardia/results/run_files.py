@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from kardia.core.console import UserError, shorten
+from kardia.data.rubric import DEFAULT_FORMAT
 
 # Characters of a text, keys of a record, items of a list: more than any run writes.
 TEXT, NAMES, ITEMS = 100_000, 200, 10_000
@@ -97,8 +98,8 @@ def answer_format_of(data: dict) -> dict:
     form = (data["run"] or {}).get("form")
     form = form if isinstance(form, dict) else {}
     spans = form.get("spans")
-    spans = spans if isinstance(spans, list) else ["understanding", "reasoning", "emotion", "response"]
-    label, reply = form.get("label") or "emotion", form.get("reply") or "response"
+    spans = spans if isinstance(spans, list) else DEFAULT_FORMAT.names
+    label, reply = form.get("label") or DEFAULT_FORMAT.label, form.get("reply") or DEFAULT_FORMAT.reply
     return {"spans": list(map(str, spans)), "label": str(label), "reply": str(reply)}
 
 

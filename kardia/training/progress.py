@@ -113,6 +113,7 @@ class Board:
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         self.plain = not terminal or distributed.rank() > 0
         self.courses: dict[str, list[float]] = {}  # every value of every metric
+        self.rows: list[tuple[str, tuple]] = []  # (side, cells) of every metric that is shown
         self.total = self.done = self.first = 0
         self.doing, self.answer, self.live = "", "", None
         self.began = self.last_answer = time.monotonic()
@@ -154,6 +155,10 @@ class Board:
         for key, value in values.items():
             self.courses.setdefault(key, []).append(value)
         if not self.plain:
+            # Made once per step: rich draws twice a second, in a thread beside the training.
+            shown = [(key, metric_of(key)) for key in in_order(self.courses)]
+            shown = [(key, metric) for key, metric in shown if metric.side != "hidden"]
+            self.rows = [(m.side, self._cells(key, m, self.courses[key])) for key, m in shown]
             return
         known = [(metric_of(key), values[key]) for key in in_order(values)]
         line = "  ".join(f"{m.short} {m.shape.format(value)}" for m, value in known if m.short)
@@ -175,11 +180,8 @@ class Board:
         from rich.text import Text
 
         sides = {"left": Table.grid(padding=(0, 1)), "right": Table.grid(padding=(0, 1))}
-        courses = dict(self.courses)  # `step` may add a key meanwhile
-        for key in in_order(courses):
-            metric = metric_of(key)
-            if metric.side != "hidden":
-                sides[metric.side].add_row(*self._cells(key, metric, courses[key][:]))
+        for side, cells in self.rows:
+            sides[side].add_row(*cells)
         body = Table.grid(padding=(0, 4))
         if self.console.width >= 100:
             body.add_row(*sides.values())

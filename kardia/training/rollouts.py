@@ -44,9 +44,9 @@ class Rollouts:
     def write_to(self, run, trainer) -> StepRecords:
         """Return the records of a run's steps; from now on each step's answers go there."""
         decode = self.renderer.tokenizer.decode
-        args = (run, self.board, self.dialogues, self.rubric, self.judge, self.options, decode)
-        self.records = StepRecords(*args)
-        self.records.trainer, trainer.on_rollouts = trainer, self.record
+        parts = (self.board, self.dialogues, self.rubric, self.judge, self.options, decode)
+        self.records = StepRecords(run, trainer, *parts)
+        trainer.on_rollouts = self.record
         self.lora_gguf = run.path / f".rollout-lora{distributed.rank() or ''}.gguf"
         return self.records
 

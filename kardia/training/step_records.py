@@ -23,10 +23,12 @@ class StepRecords:
     Of several processes each records its own groups; the first one writes for all.
     """
 
-    def __init__(self, run: Run, board: Board, dialogues, rubric, judge, options, decode: Callable) -> None:
-        self.run, self.board, self.dialogues, self.decode = run, board, dialogues, decode
+    def __init__(
+        self, run: Run, trainer, board: Board, dialogues, rubric, judge, options, decode: Callable
+    ) -> None:
+        self.run, self.trainer, self.board = run, trainer, board
+        self.dialogues, self.decode = dialogues, decode
         self.rubric, self.judge, self.options = rubric, judge, options
-        self.trainer: Any = None
         self.rows: list[dict] = []
         self.first_group, self.seconds = 0, 0.0
 

@@ -75,7 +75,6 @@ class SFTHooks(RetryOnOutOfMemory):
     """
 
     sft_loss: Callable
-    packed = True
     longest: list[dict] = []  # a micro-batch of the longest examples
     examples = 0  # in the dataset, before blank ones
 
