@@ -1,9 +1,12 @@
 """GGUF in and out on tiny models: what is written and read again is the same, one tensor at a time."""
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kardia.llama.gguf_header import read_gguf
 from kardia.models import gguf as gguf_files
 from kardia.models.model_files import ExportError
 from kardia.models.weights import Weights, write_merged
@@ -37,6 +40,46 @@ def written(tiny_directory, template_of, tmp_path):
         return directory, gguf_files.write_gguf(template, tmp_path / "whole.gguf", "bf16", tensors)
 
     return make
+
+
+def test_our_header_reads_what_the_gguf_package_reads(tmp_path):
+    """Every type of metadata and of tensor."""
+    path, kinds = tmp_path / "all.gguf", gguf.GGUFValueType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(64)
+    values = {"UINT8": 255, "INT8": -1, "UINT16": 65535, "INT16": -2, "UINT32": 2**32 - 1, "INT32": -3}
+    values |= {
+        "FLOAT32": 0.1,
+        "UINT64": 2**64 - 1,
+        "INT64": -4,
+        "FLOAT64": 0.1,
+        "BOOL": True,
+        "STRING": "naïve",
+    }
+    for name, value in values.items():
+        writer.add_key_value(f"one.{name}", value, kinds[name])
+        writer.add_key_value(f"list.{name}", [value] * 3, kinds.ARRAY, kinds[name])
+    numbers = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_0"):
+        kind = gguf.GGMLQuantizationType[name]
+        raw = None if name in ("F32", "F16") else kind
+        data = numbers.astype(np.float16) if name == "F16" else gguf.quants.quantize(numbers, kind)
+        writer.add_tensor(name, data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = read_gguf(path), gguf.GGUFReader(path)
+    fields = {key: field for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert {key: ours.value(key) for key in ours.fields} == {k: f.contents() for k, f in fields.items()}
+    for key, field in fields.items():
+        items = int(field.types[-1]) if len(field.types) > 1 else None
+        assert (ours.fields[key][0], ours.item_type(key)) == (int(field.types[0]), items)
+    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors] and ours.value("absent") is None
+    for tensor in theirs.tensors:
+        mine, shape = ours.tensors[tensor.name], tuple(map(int, tensor.shape[::-1]))
+        assert (mine.shape, mine.kind, mine.n_bytes) == (shape, tensor.tensor_type, tensor.n_bytes)
+        assert np.array_equal(mine.values(), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
 
 
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "llama"]

@@ -349,7 +349,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("reference pass", "micro-batches")
+one_by_one = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", one_by_one)
 def test_whole_grpo_steps_equal_those_of_trls_trainer(tiny, renderer, tmp_path, case):
     """Two optimizer steps of two prompts x four answers on the same rollouts end at the same weights, with
     the same log."""

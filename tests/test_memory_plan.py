@@ -239,8 +239,8 @@ TINY = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "vocab_siz
 
 @pytest.mark.slow
 def test_a_quantized_base_is_as_large_as_llama_cpp_makes_it(tiny_directory, template_of, tmp_path):
+    from kardia.llama.gguf_header import read_gguf
     from kardia.llama.worker import Worker
-    from kardia.models.model_files import read_gguf
 
     tied = {"tie_word_embeddings": True}
     odd = {"hidden_size": 288, "head_dim": 72, **tied}  # no multiple of 256
@@ -253,7 +253,7 @@ def test_a_quantized_base_is_as_large_as_llama_cpp_makes_it(tiny_directory, temp
         with Worker() as worker:
             for file_type in ("q8_0", "q4_k_m"):
                 worker.quantize(source, target := tmp_path / f"{n}-{file_type}.gguf", file_type)
-                tensors = {t.name: int(t.n_bytes) for t in read_gguf(target).tensors if len(t.shape) == 2}
+                tensors = {t.name: t.n_bytes for t in read_gguf(target).tensors.values() if len(t.shape) == 2}
                 matrices = sum(size for name, size in tensors.items() if name.startswith("blk."))
                 output = tensors["token_embd.weight" if s.tied else "output.weight"]
                 assert memory_terms.gguf_bits(s, file_type) == (matrices, output), (n, file_type)
@@ -263,16 +263,16 @@ def test_a_quantized_base_is_as_large_as_llama_cpp_makes_it(tiny_directory, temp
 def test_llama_cpp_takes_the_cells_and_the_buffer_that_are_planned():
     import llama_cpp as lib
 
+    from kardia.llama.gguf_header import read_gguf
     from kardia.models.base import embedded_gguf
-    from kardia.models.model_files import gguf_value, read_gguf
 
-    lines, reader = [], read_gguf(embedded_gguf())
+    lines, header = [], read_gguf(embedded_gguf())
     log = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode(errors="replace")))
     lib.llama_log_set(log, ctypes.c_void_p(0))
     lib.llama_backend_init()
     keys = ("embedding_length", "block_count", "attention.head_count", "attention.head_count_kv")
     keys += ("feed_forward_length", "vocab_size")
-    config = shape(*(int(gguf_value(reader, f"llama.{key}")) for key in keys), True, "llama")
+    config = shape(*(header.value(f"llama.{key}") for key in keys), True, "llama")
     model = lib.llama_model_load_from_file(str(embedded_gguf()).encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
     params.n_ctx = params.n_batch = 2560

@@ -29,7 +29,7 @@ from kardia.data import rows
 from kardia.data.rubric import DEFAULT_FORMAT
 from kardia.llama.gguf_header import check_gguf
 from kardia.models import gguf as gguf_files
-from kardia.models import gguf_tokenizer, model_files, weights
+from kardia.models import gguf_tokenizer, weights
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX timers")
 amount = pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
@@ -356,7 +356,6 @@ def test_odd_ggufs(tmp_path):
     for name, data in GGUFS.items():
         path.write_bytes(data)
         assert "odd.gguf" in refused(check_gguf, path, seconds=5), name
-        refused(model_files.read_gguf, path, seconds=5)
         refused(gguf_files.import_gguf, path, tmp_path / "imported", seconds=5)
     (tmp_path / "directory.gguf").mkdir()
     (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")

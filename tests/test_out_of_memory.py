@@ -174,7 +174,10 @@ def test_the_largest_pass_comes_first_and_leaves_no_trace(make, monkeypatch):
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "TRL's own path"])
+own_path = pytest.param(False, id="TRL's own path", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("packed", [pytest.param(True, id="packed"), own_path])
 def test_sft_shrinks_and_ends_at_the_same_weights(tiny, renderer, tmp_path, monkeypatch, packed):
     generator, rows, ends = torch.Generator().manual_seed(0), [], []
     for n in (20, 9, 31, 14, 8, 25, 17, 12):

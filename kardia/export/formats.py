@@ -18,8 +18,9 @@ from pathlib import Path
 from kardia.core.files import file_hash, lock_directory, unlock_directory, write_json, write_text
 from kardia.export import ollama
 from kardia.export.book import best_gguf, is_whole, read_book
+from kardia.llama.gguf_header import read_gguf
 from kardia.models import gguf as gguf_files
-from kardia.models.model_files import ExportError, read_gguf
+from kardia.models.model_files import ExportError
 from kardia.models.weights import Weights, write_merged
 
 FORMATS = ("merged", "lora", "modelfile")  # besides every type of GGUF
@@ -245,7 +246,7 @@ def four_bit_grid(base) -> str | None:
     if not base.imported:
         return None
     weights = Counter()
-    for tensor in read_gguf(base.template).tensors:
-        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    for tensor in read_gguf(base.template).tensors.values():
+        weights[tensor.kind.name] += tensor.n_elements
     most = weights.most_common(1)[0][0]
     return most if LOW_BIT.match(most.lower()) else None

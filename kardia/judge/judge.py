@@ -26,12 +26,11 @@ from kardia.core.options import DATA, option
 from kardia.data.rows import NO_PROFILE, find_span
 from kardia.data.rubric import DEFAULT_FORMAT, HELD_OUT, AnswerFormat, Criterion, Rubric
 from kardia.judge.guards import guard
-from kardia.llama.gguf_header import check_gguf
+from kardia.llama.gguf_header import check_gguf, read_gguf
 from kardia.llama.sampling import logsumexp, sigmoid
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED, embedded_gguf, resolve_base
 from kardia.models.chat_template import render_template
-from kardia.models.model_files import read_gguf
 
 JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded model
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
@@ -314,6 +313,4 @@ def judge_sizes(judge: str) -> dict[str, int]:
     if judge != EMBEDDED:
         return {"judge_bytes": resolve_judge(judge).stat().st_size, "judge_vocabulary": 151_936}
     # A plan must not write the BF16 file only to weigh it: 2 bytes per weight instead of the packaged ones.
-    packaged = embedded_gguf()
-    growth = sum(2 * int(tensor.n_elements) - int(tensor.n_bytes) for tensor in read_gguf(packaged).tensors)
-    return {"judge_bytes": packaged.stat().st_size + growth, "judge_vocabulary": 49_152}
+    return {"judge_bytes": read_gguf(embedded_gguf()).bf16_bytes(), "judge_vocabulary": 49_152}

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from kardia.core.console import one_line, shorten
 from kardia.core.files import temporary_path
+from kardia.llama.gguf_header import Header, read_gguf
 from kardia.models.adapter import lora_scale
 from kardia.models.gguf_import import check_sizes, rope_parameters
 from kardia.models.gguf_names import architecture_of, heads_of, is_left_out, permute, tensor_names
 from kardia.models.gguf_tokenizer import import_tokenizer
-from kardia.models.model_files import ExportError, add_compatibility_keys, gguf_value, read_gguf, save_shards
+from kardia.models.model_files import ExportError, add_compatibility_keys, save_shards
 from kardia.models.weights import Weights
 
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # the others by llama.cpp's quantizer
@@ -63,14 +64,13 @@ def gguf_tensors(weights: Weights) -> dict[str, Callable]:
 
 def check_template(template: Path, weights: Weights) -> None:
     """Raise ExportError unless the GGUF `template` is of the same model."""
-    reader, config = read_gguf(template), weights.config
-    if gguf_value(reader, "split.count") not in (None, 0, 1):
+    header, config = read_gguf(template), weights.config
+    if header.value("split.count") not in (None, 0, 1):
         fix = "join the parts first (llama-gguf-split --merge)"
         raise ExportError(f"{template}: one part of a split GGUF; {fix}")
-    kind = gguf_value(reader, "general.architecture")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    rows = [int(n) for n in stored["token_embd.weight"].shape[1:]] if "token_embd.weight" in stored else []
-    sizes = [gguf_value(reader, f"{kind}.{key}") for key in ("block_count", "embedding_length")]
+    kind, stored = header.value("general.architecture"), header.tensors
+    rows = stored["token_embd.weight"].shape[-2:-1] if "token_embd.weight" in stored else ()
+    sizes = [header.value(f"{kind}.{key}") for key in ("block_count", "embedding_length")]
     theirs = (kind, *sizes, rows[0] if rows else None)
     embed = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
     wanted = architecture_of(config, str(weights.directory))[0]
@@ -97,34 +97,31 @@ def _complete(template: Path, names: set[str], tensors: dict[str, Callable]) -> 
     return tensors
 
 
-def _copy_metadata(reader, writer, metadata: dict) -> None:
+def _copy_metadata(header: Header, writer, metadata: dict) -> None:
     from gguf import GGUFValueType
 
     written = {"general.architecture", "general.file_type", "general.quantization_version", *metadata}
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in written:
-            continue
-        kind = field.types[0]
-        is_list = kind == GGUFValueType.ARRAY
+    for key, (kind, _) in header.fields.items():
+        value, item_type = header.value(key), header.item_type(key)
         if key == "general.alignment":
-            writer.add_custom_alignment(field.contents())
-        elif not is_list or len(field.data):  # the writer has no way to write an empty list
-            writer.add_key_value(key, field.contents(), kind, field.types[-1] if is_list else None)
+            writer.add_custom_alignment(value)
+        elif key not in written and value != []:  # the writer has no way to write an empty list
+            of_items = None if item_type is None else GGUFValueType(item_type)
+            writer.add_key_value(key, value, GGUFValueType(kind), of_items)
     for key, value in metadata.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
 
 
-def _plan(reader, file_type: str) -> list[tuple]:
-    """Return [(tensor, shape, type)] of a copy in `file_type`; llama.cpp expects exact norms and biases."""
+def _plan(header: Header, file_type: str) -> list[tuple]:
+    """Return [(tensor, type)] of a copy in `file_type`; llama.cpp expects exact norms and biases."""
     from gguf import GGMLQuantizationType as Kind
 
     plan = []
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        kind = getattr(Kind, file_type.upper()) if len(shape) > 1 else Kind.F32
-        if kind == Kind.Q8_0 and shape[-1] % 32:
+    for tensor in header.tensors.values():
+        kind = getattr(Kind, file_type.upper()) if len(tensor.shape) > 1 else Kind.F32
+        if kind == Kind.Q8_0 and tensor.shape[-1] % 32:
             kind = Kind.F16
-        plan.append((tensor, shape, kind))
+        plan.append((tensor, kind))
     return plan
 
 
@@ -139,31 +136,29 @@ def write_gguf(
     import gguf
     import numpy as np
 
-    reader = read_gguf(template)
-    plan = _plan(reader, file_type)
-    tensors = _complete(template, {tensor.name for tensor in reader.tensors}, tensors)
+    header = read_gguf(template)
+    plan = _plan(header, file_type)
+    tensors = _complete(template, set(header.tensors), tensors)
     temporary = temporary_path(target)
-    writer = gguf.GGUFWriter(temporary, gguf_value(reader, "general.architecture"))
-    _copy_metadata(reader, writer, metadata or {})
+    writer = gguf.GGUFWriter(temporary, header.value("general.architecture"))
+    _copy_metadata(header, writer, metadata or {})
     name = "ALL_F32" if file_type == "f32" else f"MOSTLY_{file_type.upper()}"
     writer.add_file_type(getattr(gguf.LlamaFileType, name))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for tensor, shape, kind in plan:
-        raw, n_bytes = None, 4 * math.prod(shape)
+    for tensor, kind in plan:
+        raw, n_bytes = None, 4 * tensor.n_elements
         if kind != gguf.GGMLQuantizationType.F32:
-            raw, n_bytes = kind, math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=raw)
+            raw, n_bytes = kind, math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=raw)
 
     def quantized():
-        for tensor, shape, kind in plan:
-            if tensor.name in tensors:
-                values = tensors[tensor.name]()
-            else:  # the template's own rope factors
-                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor, kind in plan:
+            # What the model has not are the template's own rope factors.
+            values = tensors.get(tensor.name, tensor.values)()
             values = np.ascontiguousarray(values, dtype=np.float32)  # [rows, columns]
-            if values.shape != shape:
-                why = f"shape {values.shape} does not fit the template's {shape}: another model's GGUF?"
-                raise ExportError(f"{tensor.name}: {why}")
+            if values.shape != tensor.shape:
+                other = f"shape {values.shape} does not fit the template's {tensor.shape}"
+                raise ExportError(f"{tensor.name}: {other}: another model's GGUF?")
             yield gguf.quants.quantize(values, kind)
 
     return _finish(writer, temporary, target, quantized())
@@ -292,13 +287,12 @@ def import_gguf(source: Path, target: Path) -> Path:
 
 def _imported(source: Path, model) -> Iterable[tuple]:
     """Yield (name, bfloat16 tensor) for every weight of `model`, whose tensors have shapes and no data."""
-    import gguf
     import numpy as np
     import torch
 
     config = model.config.to_dict()
     name_of, (_, permuted, norm_plus_one) = tensor_names(config), architecture_of(config, str(source))
-    stored = {tensor.name: tensor for tensor in read_gguf(source).tensors}
+    stored = read_gguf(source).tensors
     for name, wanted in model.state_dict().items():
         if is_left_out(name, config):
             continue
@@ -306,7 +300,7 @@ def _imported(source: Path, model) -> Iterable[tuple]:
         if tensor is None:
             fix = "give a whole one, or the model's Hugging Face directory"
             raise ExportError(f"{source}: the GGUF lacks {shorten(name)}; {fix}")
-        values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        values = np.array(tensor.values(), dtype=np.float32)
         if values.shape != tuple(wanted.shape):
             shapes = f"{shorten(name)} is {values.shape}, not {tuple(wanted.shape)}"
             raise ExportError(f"{source}: damaged GGUF ({shapes})")

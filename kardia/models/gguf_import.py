@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kardia.core.console import shorten
-from kardia.models.model_files import ExportError, gguf_value, read_gguf
+from kardia.llama.gguf_header import read_gguf
+from kardia.models.model_files import ExportError
 
 ELSEWHERE = "give the model's Hugging Face directory, and this file as --gguf-template"
 
@@ -15,21 +16,20 @@ def check_sizes(source: Path) -> None:
 
     transformers makes every layer that the header names, without data; `import_gguf` compares every shape.
     """
-    reader = read_gguf(source)
-    architecture = gguf_value(reader, "general.architecture")
+    header = read_gguf(source)
+    architecture = header.value("general.architecture")
     if not isinstance(architecture, str):
         raise ExportError(f"{source}: damaged GGUF (general.architecture is {shorten(architecture)})")
-    for key in reader.fields:
-        value = gguf_value(reader, key) if key.startswith(f"{architecture}.") else None
+    for key in header.fields:
+        value = header.value(key) if key.startswith(f"{architecture}.") else None
         most = 0 if key.endswith(".expert_count") else 1 << 24  # no architecture known here has experts
         if isinstance(value, int) and not 0 <= value <= most:
             raise ExportError(f"{source}: damaged GGUF ({shorten(key)} is {value})")
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
-    rows = [int(n) for n in shapes.get("token_embd.weight", [])[1:]]
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    facts = [("block_count", gguf_value(reader, f"{architecture}.block_count"), len(blocks))]
-    facts += [("tokenizer.ggml.tokens", len(tokens.data), rows[0])] if tokens is not None and rows else []
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    tokens, embed = header.value("tokenizer.ggml.tokens"), header.tensors.get("token_embd.weight")
+    facts = [("block_count", header.value(f"{architecture}.block_count"), len(blocks))]
+    if isinstance(tokens, list) and embed and len(embed.shape) > 1:
+        facts.append(("tokenizer.ggml.tokens", len(tokens), embed.shape[-2]))
     for key, value, count in facts:
         if value != count:
             lie = f"its header says {key} {shorten(value)}, its tensors {count}"
@@ -42,21 +42,17 @@ def rope_parameters(source: Path, config) -> dict:
     Without it torch would train another model than llama.cpp runs. Of Llama 3.1's scaling only the result
     is stored (rope_freqs), so its parameters are found by trying.
     """
-    import gguf
-
-    reader, rope = read_gguf(source), dict(config.rope_parameters or {})
-    architecture = gguf_value(reader, "general.architecture")
-    scaling = gguf_value(reader, f"{architecture}.rope.scaling.type")
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            factors = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            return {**rope, **_llama3_rope(source, factors, rope["rope_theta"])}
+    header, rope = read_gguf(source), dict(config.rope_parameters or {})
+    architecture = header.value("general.architecture")
+    scaling = header.value(f"{architecture}.rope.scaling.type")
+    if factors := header.tensors.get("rope_freqs.weight"):
+        return {**rope, **_llama3_rope(source, factors.values(), rope["rope_theta"])}
     if scaling in (None, "none"):
         return rope
     if scaling != "linear":
         why = f"its rope scaling ({scaling}) cannot be taken over from a GGUF"
         raise ExportError(f"{source}: {why}; {ELSEWHERE}")
-    scaled = {"rope_type": "linear", "factor": gguf_value(reader, f"{architecture}.rope.scaling.factor")}
+    scaled = {"rope_type": "linear", "factor": header.value(f"{architecture}.rope.scaling.factor")}
     if "full_attention" in rope:
         return {**rope, "full_attention": {**rope["full_attention"], **scaled}}
     return {**rope, **scaled}

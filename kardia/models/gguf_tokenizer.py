@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kardia.core.console import one_line
-from kardia.models.model_files import ExportError, gguf_value, read_gguf
+from kardia.llama.gguf_header import read_gguf
+from kardia.models.model_files import ExportError
 
 Field = Callable[[str], object]  # key below "tokenizer." -> its value, None if the file lacks it
 
@@ -37,10 +38,10 @@ def import_tokenizer(source: Path):
     """Return the tokenizer of a GGUF; of unknown kinds, transformers' own reading. Raise ExportError."""
     from transformers import AutoTokenizer
 
-    reader = read_gguf(source)
+    header = read_gguf(source)
 
     def field(key: str):
-        return gguf_value(reader, f"tokenizer.{key}")
+        return header.value(f"tokenizer.{key}")
 
     try:
         kind, words = field("ggml.model"), field("ggml.pre")

@@ -1,43 +1,17 @@
-"""Read GGUF metadata, and write directories that transformers loads."""
+"""Write directories that transformers loads."""
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from kardia.core.console import UserError, one_line, shorten
+from kardia.core.console import UserError
 from kardia.core.files import write_json
-from kardia.llama.gguf_header import check_gguf
 
 
 class ExportError(UserError):
     """Report weights that cannot be read or written, or an export that lost what was trained."""
-
-
-def read_gguf(path: Path):
-    """Return gguf's reader of a whole file; the last one is kept, for it takes seconds over a vocabulary."""
-    return _reader(str(path), check_gguf(path).stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _reader(path: str, changed: int):
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # on a damaged file it raises whatever numpy does
-        raise ExportError(f"{path}: damaged GGUF ({one_line(error)})") from error
-
-
-def gguf_value(reader, key: str):
-    """Return a metadata value of a GGUF, or None. Raise ExportError if it cannot be read."""
-    field = reader.get_field(key)
-    try:
-        return None if field is None else field.contents()
-    except Exception as error:  # a text that is not UTF-8, a list without an end
-        raise ExportError(f"damaged GGUF: its {shorten(key)} cannot be read ({one_line(error)})") from error
 
 
 def save_shards(tensors: Iterable, directory: Path, shard_bytes: int = 5_000_000_000) -> None:
