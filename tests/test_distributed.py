@@ -141,7 +141,9 @@ def test_groups_stay_whole_and_get_the_same_answers(lines, output):
 
 @pytest.mark.slow
 def test_only_the_first_process_prints(output):
-    assert output.count("2 dialogues x 1 micro-batches x 2 processes = 4 per step") == 3  # sft2, sft3 twice
+    assert (
+        output.count("2 dialogues x 1 micro-batches x 2 processes = 4 per step") == 4
+    )  # unpacked2, sft2, sft3 twice
     assert output.count("step   1/6") == 2 and output.count("exists already") == 1
     for stop in ("stopped at step 5 of 6", "stopped at step 2 of 3"):
         assert f"{stop}; go on with the same command and --resume" in output

@@ -21,7 +21,7 @@ from kardia.core.console import one_line, shorten
 from kardia.core.files import temporary_path
 from kardia.llama.gguf_header import Header, read_gguf
 from kardia.models.adapter import lora_scale
-from kardia.models.gguf_import import check_sizes, rope_parameters
+from kardia.models.gguf_import import check_sizes, query_scalar, rope_parameters
 from kardia.models.gguf_names import architecture_of, heads_of, is_left_out, permute, tensor_names
 from kardia.models.gguf_tokenizer import import_tokenizer
 from kardia.models.model_files import ExportError, add_compatibility_keys, save_shards
@@ -257,6 +257,8 @@ def import_gguf(source: Path, target: Path) -> Path:
     try:
         config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
         config.rope_parameters = rope_parameters(source, config)
+        if hasattr(config, "query_pre_attn_scalar"):
+            config.query_pre_attn_scalar = query_scalar(config)
         architecture_of(config.to_dict(), str(source))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -36,6 +36,12 @@ def check_sizes(source: Path) -> None:
             raise ExportError(f"{source}: damaged GGUF ({lie})")
 
 
+def query_scalar(config) -> int:
+    """Return the number whose root llama.cpp divides gemma's queries by: no GGUF says it."""
+    of_27b = {"gemma2": 46, "gemma3_text": 62}.get(config.model_type) == config.num_hidden_layers
+    return config.hidden_size // config.num_attention_heads if of_27b else config.head_dim
+
+
 def rope_parameters(source: Path, config) -> dict:
     """Return the rope's parameters with the scaling that transformers does not read from a GGUF.
 

@@ -98,7 +98,7 @@ class SFTHooks(RetryOnOutOfMemory):
     def _get_train_sampler(self, *arguments):
         if distributed.size() == 1:
             return super()._get_train_sampler(*arguments)
-        return _one_order(self.examples, self.args.data_seed, len(self.train_dataset), self.state)
+        return _one_order(self)
 
     def passes_of(self, inputs):
         rows = self.pass_size.passes
@@ -115,8 +115,8 @@ class SFTHooks(RetryOnOutOfMemory):
         return inputs, (inputs["labels"] != -100).sum(), inputs["input_ids"].numel()
 
 
-def _one_order(examples: int, seed: int, rows: int, state):
-    """Return a sampler of one process's order of `examples`, then blank ones up to `rows`.
+def _one_order(trainer: SFTHooks):
+    """Return a sampler of one process's order of the examples, then of the blank ones.
 
     Consecutive batches go to the processes in turn. Without blank examples accelerate fills the last batch
     with examples from the beginning, which would count twice.
@@ -124,13 +124,16 @@ def _one_order(examples: int, seed: int, rows: int, state):
     from accelerate.data_loader import SeedableRandomSampler
     from torch.utils.data import Sampler
 
+    examples, rows = trainer.examples, len(trainer.train_dataset)
+
     class OneOrder(Sampler):
         def __init__(self) -> None:
-            self.shuffled = SeedableRandomSampler(range(examples), data_seed=seed)
+            self.shuffled = SeedableRandomSampler(range(examples), data_seed=trainer.args.data_seed)
 
         def __iter__(self):
-            # accelerate does not find this sampler when a run goes on in the middle of an epoch.
-            self.shuffled.set_epoch(int(state.epoch or 0))
+            # accelerate does not find this sampler when a run goes on in the middle of an epoch. The state
+            # is looked up now: the trainer makes a new one after it made its data loader.
+            self.shuffled.set_epoch(int(trainer.state.epoch or 0))
             yield from self.shuffled
             yield from range(examples, rows)
 
