@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -17,6 +18,7 @@ from conftest import lines_of, names_of, with_signal
 from conftest import run as invoke
 
 import kardia_lite as k
+from kardia.core.options import PROJECT
 from kardia.core.run_directory import Run
 from kardia.training import checkpoints, recorder
 
@@ -217,6 +219,24 @@ def test_killed_at_random_moments_and_more_than_once(whole, tmp_path, seed):
     rng, kind = random.Random(seed), ("sft", "grpo")[seed % 2]
     delays = [rng.uniform(0, whole[2][kind]) for _ in range(rng.choice((1, 1, 2, 3)))]
     kill_and_resume(whole, kind, tmp_path / "run", [{"place": "start", "delay": d} for d in delays])
+
+
+@pytest.mark.slow
+@forks
+def test_ctrl_c_ends_a_command_at_its_next_step(whole, tmp_path):
+    """From outside, as a person presses it: no traceback, the step is saved, and --resume goes on."""
+    work, lines, _ = whole
+    command = [sys.executable, PROJECT / "kardia_lite.py", *lines["sft"].split(), "--out", tmp_path / "run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert any("step   2/6" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in said
+    assert re.search("stopped at step [345] of 6; go on with the same command and --resume", said), said
+    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    assert files_of(tmp_path / "run") == files_of(work / "sft") and steps_of(tmp_path / "run") == [
+        *range(1, 7)
+    ]
 
 
 @pytest.mark.slow
