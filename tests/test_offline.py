@@ -33,18 +33,22 @@ class Socket(socket.socket):
 socket.socket = Socket
 socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = socket.create_connection = blocked
 """
-# The demo as it is, every step made short: of an option that stands twice the last one counts.
+# The demo as it is, of a little model and with every step made short: of an option that stands twice the last
+# one counts.
 DEMO = """
 import sys
+from pathlib import Path
 import kardia_lite as k
 from kardia.cli import demo
-pairs, rows, out = sys.argv[1:]
+model, pairs, rows, out = sys.argv[1:]
+demo.embedded_gguf = lambda: Path(model)
+judge = f"--judge {model} --exam-pairs {pairs}"
 short = {
-    "sft": "--limit 4 --max-length 800",
-    "judge": f"--pairs {pairs}",
-    "grpo": f"--steps 1 --group-size 4 --max-tokens 24 --force-judge --exam-pairs {pairs}",
-    "evaluate": f"--limit 2 --max-tokens 24 --exam-pairs {pairs}",
-    "export": f"--answers 1 --max-tokens 24 --data {rows} --exam-pairs {pairs}",
+    "sft": f"--limit 4 --max-length 800 --model {model}",
+    "judge": f"--judge {model} --pairs {pairs}",
+    "grpo": f"--steps 1 --group-size 4 --max-tokens 24 --force-judge {judge}",
+    "evaluate": f"--limit 2 --max-tokens 24 {judge}",
+    "export": f"--answers 1 --max-tokens 24 --data {rows} {judge}",
 }
 for step in demo.STEPS:
     step["line"] += " " + short.get(step["line"].split()[0], "")
@@ -64,7 +68,7 @@ def blocked_environment(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_demo_without_a_network(blocked_environment, tmp_path, pairs, embedded):
+def test_the_whole_demo_without_a_network(blocked_environment, tmp_path, pairs, little):
     def run(*command, **more):
         return subprocess.run(command, env=blocked_environment, capture_output=True, text=True, **more)
 
@@ -78,7 +82,7 @@ def test_the_whole_demo_without_a_network(blocked_environment, tmp_path, pairs, 
     alone = subprocess.run("unshare -n true", shell=True, capture_output=True).returncode == 0
     start = ["unshare", "-n", sys.executable] if alone else [sys.executable]
     demo = tmp_path / "demo"
-    done = run(*start, "-c", DEMO, pairs, tmp_path / "one.jsonl", demo, cwd=tmp_path)
+    done = run(*start, "-c", DEMO, little, pairs, tmp_path / "one.jsonl", demo, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not attempts.exists(), attempts.read_text()
     assert (demo / "report.html").stat().st_size > 10_000 and "One chat turn" in done.stderr

@@ -199,16 +199,16 @@ def test_the_same_seed_gives_the_same_adapter(sft, grpo, work, judged, few):
 
 
 @pytest.mark.slow
-def test_another_task_needs_a_rubric_and_data(work, embedded):
+def test_another_task_needs_a_rubric_and_data(work, little):
     """The code reviews of tests/code_review: no emotion, no empathy, other spans, through every stage."""
     review, one_each = PROJECT / "tests" / "code_review", {}
     for line in (review / "judge_exam.jsonl").read_text(encoding="utf-8").splitlines():
         one_each.setdefault(json.loads(line)["criterion"], line)
     exam, out = work / "review-exam.jsonl", work / "review-grpo"
     exam.write_text("\n".join(one_each.values()) + "\n", encoding="utf-8")
-    rubric, judge = f"--rubric {review}/rubrics.yaml", f"--exam-pairs {exam}"
+    rubric, judge = f"--rubric {review}/rubrics.yaml", f"--judge {little} --exam-pairs {exam}"
     few_steps = "--limit 4 --batch-size 2 --max-steps 3 --learning-rate 3e-3"
-    run(f"sft {rubric} --data {review}/dialogues.jsonl {few_steps} --out {work}/review")
+    run(f"sft --model {little} {rubric} --data {review}/dialogues.jsonl {few_steps} --out {work}/review")
     short = "--steps 1 --group-size 2 --max-tokens 8 --force-judge"
     run(f"grpo --from {work}/review {rubric} {judge} --data {review}/prompts.jsonl {short} --out {out}")
     for row in lines_of(out / "completions.jsonl"):
