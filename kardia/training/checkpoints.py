@@ -282,6 +282,11 @@ def _finish(run: Run, trainer, facts: dict) -> None:
     try:
         trainer.model.save_pretrained(target, selected_adapters=["default"])
         (target / "README.md").unlink(missing_ok=True)
+        config = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+        if isinstance(config["target_modules"], list):  # not Unsloth's pattern
+            # A set in PEFT, whose order is another one in every process: equal runs are to be equal files.
+            config["target_modules"].sort()
+            write_json(target / "adapter_config.json", config)
         sync_to_disk(target)
         shutil.rmtree(run.path / "adapter", ignore_errors=True)
         os.replace(target, run.path / "adapter")
