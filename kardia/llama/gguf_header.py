@@ -91,7 +91,7 @@ class Header:
             raise ValueError(f"{tensors} tensors, {pairs} metadata")
         self.fields: dict[str, tuple[int, int]] = {}
         for _ in range(pairs):
-            key, kind = self._text(MAX_KEY), self._read("I")
+            key, kind = self._text(), self._read("I")
             if key in self.fields:
                 raise ValueError("a key of its metadata stands there twice")
             self.fields[key] = (kind, self.at)
@@ -133,7 +133,7 @@ class Header:
         """Return (name, shape, type, offset in the tensors' part, bytes) of the next tensor."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name, dimensions = self._text(MAX_KEY), self._read("I")
+        name, dimensions = self._text(), self._read("I")
         if dimensions > 4:
             raise ValueError(f"a tensor of {dimensions} dimensions")
         shape = tuple(self._read("Q") for _ in range(dimensions))[::-1]
@@ -146,9 +146,10 @@ class Header:
         self.at += struct.calcsize(f"<{letter}")
         return value
 
-    def _text(self, most: int) -> str:
+    def _text(self) -> str:
+        """Return the next key or name."""
         length = self._read("Q")
-        if length > min(most, len(self.data) - self.at):
+        if length > min(MAX_KEY, len(self.data) - self.at):
             raise ValueError("a string ends beyond the file, or is no key")
         self.at += length
         return self.data[self.at - length : self.at].decode()

@@ -28,8 +28,9 @@ def check_sizes(source: Path) -> None:
     blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
     tokens, embed = header.value("tokenizer.ggml.tokens"), header.tensors.get("token_embd.weight")
     facts = [("block_count", header.value(f"{architecture}.block_count"), len(blocks))]
-    if isinstance(tokens, list) and embed and len(embed.shape) > 1:
-        facts.append(("tokenizer.ggml.tokens", len(tokens), embed.shape[-2]))
+    if tokens is not None and embed and len(embed.shape) > 1:
+        count = len(tokens) if isinstance(tokens, list) else 1
+        facts.append(("tokenizer.ggml.tokens", count, embed.shape[-2]))
     for key, value, count in facts:
         if value != count:
             lie = f"its header says {key} {shorten(value)}, its tensors {count}"
