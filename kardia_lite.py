@@ -54,8 +54,8 @@ from kardia.core.run_directory import Run
 from kardia.data.rows import NO_PROFILE, NO_SITUATION, find_span, read_rows
 from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Rubric, check_same_format, load_rubric
 from kardia.export.run_export import ExportOptions, Tools, run_export
-from kardia.judge.exam import drop_unfit_criteria, open_judge
-from kardia.judge.judge import Judge, JudgedReply, JudgeOptions, weighted
+from kardia.judge.judge import Judge, JudgedReply, WitnessedJudgeOptions, weighted
+from kardia.judge.opening import drop_unfit_criteria, open_judge, refuse_unfit_criteria
 from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
 from kardia.models import packed_rows, unsloth
@@ -74,6 +74,7 @@ from kardia.models.policy import load_base, load_trained_lora, lora_gguf_of, new
 from kardia.results.statistics import reward_trend, summarize
 from kardia.results.tables import evaluation_table, trend_sentence
 from kardia.training import checkpoints, plan, recorder, trainers
+from kardia.training.held_out import HeldOutOptions, open_held_out
 from kardia.training.progress import Board
 from kardia.training.rollouts import Rollouts
 
@@ -210,7 +211,7 @@ class SFTOptions(TrainOptions):
 
 
 @dataclass
-class GRPOOptions(TrainOptions, JudgeOptions):
+class GRPOOptions(TrainOptions, WitnessedJudgeOptions, HeldOutOptions):
     """Hold the options of `grpo`; a resumed run may change the `free` ones."""
 
     data: Path = option(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
@@ -245,7 +246,7 @@ class GRPOOptions(TrainOptions, JudgeOptions):
 
 
 @dataclass
-class EvaluateOptions(CommonOptions, JudgeOptions):
+class EvaluateOptions(CommonOptions, WitnessedJudgeOptions):
     """Hold the options of `evaluate`."""
 
     data: Path = option(DATA / "eval.jsonl", "Held-out dialogues; the first user turn of each is asked.")
@@ -268,6 +269,7 @@ def load_policy(
     seed=0,
     dtype=None,
     host_embedding=False,
+    last_layers=0,
 ):
     """Return the base with a LoRA on all linear layers (a PeftModel): a new one, or the trained `adapter`.
 
@@ -283,7 +285,7 @@ def load_policy(
         model.config.use_cache = False
         if adapter is not None:
             return load_trained_lora(model, adapter, base.name)
-        return new_lora(model, rank, alpha)
+        return new_lora(model, rank, alpha, last_layers)
 
     if engine == "unsloth":
         window = machine.read_config(base.directory)["max_position_embeddings"]
@@ -470,6 +472,7 @@ class Reward:
     criteria: dict[str, float | None]  # the rubric's parts: 0..1
     problem: str | None  # why the format is not valid
     refused: str | None = None  # why a guard gave 0 to every criterion without asking the judge
+    witness: dict[str, float | None] = dataclasses.field(default_factory=dict)  # never rewarded: evaluation
 
     def total(self, weights: dict[str, float]) -> float | None:
         """Return the weighted sum; None as soon as a component that carries weight is unknown."""
@@ -507,6 +510,8 @@ def score_answers(
         for reward, reply, scores in zip(rewards, replies, judge.scores(replies)):
             reward.criteria, reward.refused = scores, judge.refused(reply)
             reward.components["rubric"] = weighted(scores, rubric.weights)
+        for reward, scores in zip(rewards, judge.witness_scores(replies) if whole_text else []):
+            reward.witness = scores
     return rewards
 
 
@@ -607,16 +612,24 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
         judge, result, dropped = None, None, []
         if judged:
             layers = options.judge_gpu_layers if setting.judge_on_gpu else 0
-            judge, result = open_judge(
-                worker, options.judge, rubric, layers, options.exam_pairs, options.judge_lora
-            )
-            rubric, dropped = drop_unfit_criteria(rubric, result, options.unfit, options.force_judge)
+            judge, result = open_judge(worker, rubric, options, layers)
+            refuse_unfit_criteria(result, options, before)  # now, before the policy is asked
+        held_out = open_held_out(options, rubric, judge, setting.rollout, (load_rows, score_answers))
+        if held_out:
+            policy = Answerer(str(source), worker, rubric.form, base)
+            held_out.test_judge(policy, options, setting, base, result, before)
+        if judged:
+            rubric, dropped = drop_unfit_criteria(rubric, result, options, before)
             judge.rubric = rubric
+        if held_out and dropped:
+            held_out.use(rubric)
         hashes = {"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash}
         hashes |= {"judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)}
+        hashes["held_out"] = held_out.hash if held_out else "none"
         facts = {"parent": str(source), "bits": bits, "engine": engine, "rollout": setting.rollout}
         facts |= {**base.facts(), "form": rubric.form.facts(), "judge_exam": result, "hashes": hashes}
-        with Run.create(out, "grpo", options, resume, **facts, dropped_criteria=dropped) as run:
+        facts |= {"dropped_criteria": dropped, "held_out_start": held_out.start if held_out else None}
+        with Run.create(out, "grpo", options, resume, **facts) as run:
             if not checkpoints.already_done(run):
                 # A resumed run may draw shorter or fewer answers than before.
                 sizes = {"max_tokens": options.max_tokens, "group_size": options.group_size}
@@ -627,6 +640,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
                 )
                 parts = (worker, renderer, dialogues, options, rubric, judge, base)
                 rollouts = Rollouts(*parts, sample_group, score_answers)
+                rollouts.held_out = held_out
                 run_grpo(options, run, rollouts, setting, adapter, longest)
     return run
 
@@ -666,6 +680,7 @@ def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapte
     # Weights of another type than the trained ones drew the answers: the ratio corrects for that.
     trainer.old_logps_from_sampler = by_llama and (bits == 4 or setting.rollout_type != "bf16")
     records = rollouts.write_to(run, trainer)
+    rollouts.begin_held_out(run)
     try:
         checkpoints.train(
             run,
@@ -734,9 +749,14 @@ class Answerer:
 
 
 def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str, Any]:
-    """Answer the same held-out prompts with every model, score the answers, compare them prompt by prompt."""
+    """Answer the same held-out prompts with every model, score the answers, compare them prompt by prompt.
+
+    Where a row holds a written answer, the judge also scores that: whoever reads well prefers it to a small
+    model's (the reference test).
+    """
     rubric = load_rubric(options.rubric)
-    dialogues = [row.first_prompt() for row in load_rows([options.data], rubric)][: options.limit or None]
+    rows = load_rows([options.data], rubric)[: options.limit or None]
+    dialogues = [row.first_prompt() for row in rows]
     names, runs = shortest_names(models), [Run(Path(m)) for m in models if (Path(m) / "run.json").is_file()]
     for run in runs:
         check_same_format(run.path, run.facts, rubric.form)
@@ -753,13 +773,15 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
             del answerer  # two models at once may not fit
             machine.release_memory()
         worker.unload("policy")
-        layers, lora_name = options.judge_gpu_layers, options.judge_lora
-        judge, result = open_judge(worker, options.judge, rubric, layers, options.exam_pairs, lora_name)
+        judge, result = open_judge(worker, rubric, options)
         scores = {
             name: score_answers(list(zip(dialogues, texts)), rubric, judge, True)
             for name, texts in answers.items()
         }
-    summary = summarize(dialogues, answers, scores, rubric, options.seed)
+        written = [(i, row.messages[1][1]) for i, row in enumerate(rows) if not row.is_prompt]
+        reference = score_answers([(dialogues[i], text) for i, text in written], rubric, judge, True)
+    references = {i: reward for (i, _), reward in zip(written, reference)}
+    summary = summarize(dialogues, answers, scores, rubric, options.seed, references)
     summary.update(judge=result["judge"], judge_exam=result, paths=dict(zip(answers, models)))
     summary["machine"] = machine.describe_machine()
     write_json(out, summary)

@@ -39,9 +39,13 @@ def refusal(line):
 
 
 def files_of(run):
-    """Return the bytes of the adapter's files, but for the words that say where the base lies."""
+    """Return the bytes of the adapter's files, but for the words that say where the base lies.
+
+    GGUFs are left out: whoever answers with a run writes one beside its adapter.
+    """
     where = rb'"base_model_name_or_path": "[^"]*"'
-    return {p.name: re.sub(where, b"", p.read_bytes()) for p in (run / "adapter").iterdir()}
+    paths = [path for path in (run / "adapter").iterdir() if path.suffix != ".gguf"]
+    return {path.name: re.sub(where, b"", path.read_bytes()) for path in paths}
 
 
 def steps_of(run):
@@ -171,8 +175,9 @@ def whole(tmp_path_factory, little, pairs):
     work, seconds = tmp_path_factory.mktemp("whole"), {}
     data, prompts = short_rows(work / "sft.jsonl"), short_rows(work / "grpo.jsonl", "prompts")
     sft = f"sft --model {little} --data {data} {' '.join(SFT)}"
-    judge = f"--judge {little} --exam-pairs {pairs} --force-judge"
-    lines = {"sft": sft, "grpo": f"grpo --from {work / 'sft'} --data {prompts} {judge} {GRPO}"}
+    judge = f"--judge {little} --exam-pairs {pairs} --force-judge --witness none"
+    held_out = f"--held-out {short_rows(work / 'held_out_rows.jsonl')} --held-out-rows 2 --held-out-every 3"
+    lines = {"sft": sft, "grpo": f"grpo --from {work / 'sft'} --data {prompts} {held_out} {judge} {GRPO}"}
     for kind, line in lines.items():
         began = time.monotonic()
         assert spawn(f"{line} --out {work / kind}", work / "log") == 0, (work / "log").read_text()
@@ -190,8 +195,8 @@ def kill_and_resume(whole, kind, out, blows, **last):
     assert set(codes) <= {KILLED, 0} and spawn(line, log, **last) == 0, log.read_text()
     assert files_of(out) == files_of(undisturbed) and names_of(out) == names_of(undisturbed)
     assert steps_of(out) == steps_of(undisturbed)
-    for path in undisturbed.glob("*s.jsonl"):  # every answer, score, advantage and log-prob
-        assert path.read_text() == (out / path.name).read_text()
+    for path in undisturbed.glob("*.jsonl"):  # every answer, score, advantage, log-prob and measurement
+        assert path.name == "log.jsonl" or path.read_text() == (out / path.name).read_text(), path.name
     return codes
 
 

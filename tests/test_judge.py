@@ -13,11 +13,14 @@ from conftest import run
 import kardia_lite as k
 from kardia.data.rubric import GUARDS, METHODS, Cue
 from kardia.judge import exam, train
+from kardia.judge.cues import CUES, cue_report, followed_cue
 from kardia.judge.exam_statistics import chance, choose_method, fit_calibration, wilson
 from kardia.judge.guards import guard
 from kardia.judge.judge import KNOWN_BAD, Calibration, Judge, JudgedReply, weighted
+from kardia.judge.opening import Witness, apply, drop_unfit_criteria, resolve_witness
 from kardia.llama.sampling import sigmoid
 from kardia.models import packed_rows
+from kardia.models.policy import new_lora
 from kardia.results.tables import exam_table
 
 CASES = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text(encoding="utf-8"))
@@ -157,8 +160,10 @@ def test_a_big_judge_gives_digits(rubric):
 
 def test_methods_that_suit_a_judge(rubric):
     criterion = rubric.criteria[0]
-    assert Judge(FakeWorker(), "j", rubric).candidates(criterion) == ("ask", "contrast", "pmi")
-    assert Judge(FakeWorker(n_params=2 * 10**9), "j", rubric).candidates(criterion) == METHODS
+    assert Judge(FakeWorker(), "j", rubric).candidates(criterion) == ("contrast", "ask", "pmi")
+    assert set(Judge(FakeWorker(n_params=2 * 10**9), "j", rubric).candidates(criterion)) == {*METHODS} - {
+        "mix"
+    }
     taught = Judge(FakeWorker(), "j", rubric, lora="l.gguf")
     assert taught.candidates(criterion) == ("ask",) and taught.chosen(criterion) == "ask"
     digits = dataclasses.replace(criterion, methods=("likert",))
@@ -168,7 +173,7 @@ def test_methods_that_suit_a_judge(rubric):
 
 
 def test_what_does_not_fit_is_unknown_and_never_zero(rubric):
-    judge = Judge(FakeWorker(context=700), "j", rubric)
+    judge = Judge(FakeWorker(context=1200), "j", rubric)
     replies = ["I hear you.", " ".join(CASES["spared"][:12])]
     short, long = judge.scores([judged(reply) for reply in replies])
     assert None not in short.values() and set(long.values()) == {None}  # each by itself
@@ -178,16 +183,45 @@ def test_what_does_not_fit_is_unknown_and_never_zero(rubric):
     assert weighted({"a": 1.0, "b": None}, weights) is None and weighted({"a": 1.0}, {"a": 0.0}) is None
 
 
-def test_calibrated_scores_and_the_held_out_words(rubric):
+def test_calibrated_scores_and_the_witness(rubric):
     judge = Judge(FakeWorker(), "j", rubric)
-    assert judge.held_out_scores([judged("I hear you.")]) == []
+    assert judge.witness_scores([judged("I hear you.")]) == []
     judge.calibration = {"safety": Calibration(2.0, 1.0)}
-    judge.other_words = {"safety": Calibration(1.0, 0.0)}
     raw, score = (f([judged("I hear you.")])[0]["safety"] for f in (judge.raw, judge.scores))
     assert score == sigmoid(2 * (raw - 1)) and Calibration()(KNOWN_BAD) == 0.0 and Calibration()(None) is None
-    assert judge.held_out_scores([judged("I hear you."), judged("")]) == [{"safety": 0.5}, {"safety": 0.0}]
-    questions = [text_of(suffix[0]) for suffix in judge.worker.asked[-1][2]]
+    judge.witness = Witness(FakeWorker(), "w", rubric)
+    assert judge.witness_scores([judged("I hear you.")]) == []  # it can read nothing
+    exam_of_witness = {"criteria": {"safety": {"method": "held_out", "slope": 1.0, "middle": 0.0}}}
+    apply(judge.witness, exam_of_witness)
+    assert judge.witness_scores([judged("I hear you."), judged("")]) == [{"safety": 0.5}, {"safety": 0.0}]
+    questions = [text_of(suffix[0]) for suffix in judge.witness.worker.asked[-1][2]]
     assert questions == [c.held_out for c in rubric.criteria if c.name == "safety"]
+    bare = dataclasses.replace(rubric.criteria[0], name="bare", cues=(), held_out="", methods=("ask",))
+    judge.witness.rubric = dataclasses.replace(rubric, criteria=(*rubric.criteria, bare))
+    assert list(judge.witness_scores([judged("I hear you.")])[0]) == [
+        "safety"
+    ]  # nothing of what it cannot read
+    persona = next(c for c in rubric.criteria if c.name == "persona_consistency")
+    assert judge.witness.candidates(persona) == ("held_out",)  # it has no cues
+
+
+def test_who_is_a_witness(embedded, rubric, tmp_path):
+    """By default the embedded model without a LoRA; of the judge's own weights nothing that is rewarded."""
+    assert resolve_witness("none") is None and resolve_witness("auto") == embedded.gguf(16)
+    with pytest.raises(k.UserError, match="gguf"):
+        resolve_witness(str(tmp_path / "nothing.gguf"))
+    fluency = dataclasses.replace(rubric.criteria[0], mix=(("contrast", 2.0), ("pmi", 1.0)))
+    for taken, left in (
+        (None, "contrast"),
+        ("contrast", "held_out"),
+        ("ask", "contrast"),
+        ("mix", "held_out"),
+    ):
+        witness = Witness(FakeWorker(), "w", rubric, {fluency.name: taken})
+        assert witness.candidates(fluency) == (left,), taken
+    bare = dataclasses.replace(fluency, cues=(), held_out="")
+    assert Witness(FakeWorker(), "w", rubric).candidates(bare) == ("pmi",)
+    assert Witness(FakeWorker(), "w", rubric, {fluency.name: "mix"}).candidates(bare) == ()
 
 
 # ---------------------------------------------------------------- the exam, with a judge made of arithmetic
@@ -249,7 +283,7 @@ def test_the_better_method_is_chosen_and_the_verdict_is_cross_validated(rubric):
     assert entry["method"] == "pmi" and entry["accuracy"] == 1.0 and entry["fit"]
     assert entry["methods"]["pmi"]["accuracy"] == 1.0 and entry["methods"]["ask"]["accuracy"] < 0.8
     assert "likert" not in entry["methods"]  # a million parameters know no digits
-    assert entry["held_out"]["accuracy"] < 0.8 and result["overall"]["accuracy"] == 1.0
+    assert result["overall"]["accuracy"] == 1.0
     assert result["judge"] == "fake.gguf" and result["exam_hash"] == "e" and result["pairs"] == 40
 
 
@@ -287,12 +321,104 @@ def test_verdicts(rubric):
     few = take(is_good, rubric, pairs(9))["criteria"]["relevance"]
     assert not few["fit"] and "only 9 exam pairs" in few["why"]
     longer = [{**pair, "better": pair["better"] + "y" * 40} for pair in pairs()]
-    assert "'longer wins' gets 100%" in take(is_good, rubric, longer)["criteria"]["relevance"]["why"]
+    leaning = take(is_good, rubric, longer)
+    assert "'longer wins' gets 100%" in leaning["criteria"]["relevance"]["why"]
+    assert (
+        "the answer key itself sides with cheap cues: length (relevance, 100%" in exam_table(leaning).text()
+    )
     sides = take(length, rubric)["criteria"]["relevance"]["length"]  # a judge that likes length shows it
     assert sides["longer_better"]["accuracy"] == 1.0 and sides["shorter_better"]["accuracy"] == 0.0
     rng = random.Random(0)  # and so does one that does not repeat itself
     assert take(lambda *_: rng.random(), rubric)["repeatability"]["largest_difference"] > 0
     assert take(length, rubric)["repeatability"]["largest_difference"] == 0
+
+
+def test_a_mixture_adds_up_what_the_rubric_says(rubric):
+    """Two times the contrast and once the pmi; unknown if a part is; a guard's word is final."""
+    fluency = next(c for c in rubric.criteria if c.name == "fluency")
+    judge = Judge(FakeWorker(), "j", rubric)
+    replies = [judged("I hear you."), judged("Score: 5")]
+    methods = [(fluency, m) for m in ("contrast", "pmi", "mix")]
+    apart, refused = judge.numbers(replies, methods)
+    assert apart["fluency", "mix"] == 2 * apart["fluency", "contrast"] + apart["fluency", "pmi"]
+    assert judge.numbers(replies[:1], methods[2:]) == [{("fluency", "mix"): apart["fluency", "mix"]}]
+    assert refused["fluency", "mix"] == KNOWN_BAD
+    small = Judge(FakeWorker(context=60), "j", rubric)
+    assert small.numbers(replies[:1], methods[2:]) == [{("fluency", "mix"): None}]
+    tried = take(is_good, rubric, methods=METHODS)["criteria"]["relevance"]["methods"]
+    assert "mix" not in tried and "likert" in tried  # this criterion has none
+
+
+def test_criteria_that_the_judge_failed(rubric):
+    """Refused, dropped or forced; a resumed run keeps what it began with."""
+    fit = {"fit": True, "weight": 1.0, "why": "good"}
+    entries = {name: dict(fit) for name in rubric.weights}
+    entries["safety"] = {"fit": False, "weight": 1.0, "why": "a coin"}
+    result = {"judge": "j", "criteria": entries}
+
+    def settled(before=None, **options):
+        chosen = SimpleNamespace(**{"unfit": "refuse", "force_judge": False, **options})
+        return drop_unfit_criteria(rubric, result, chosen, before or {})
+
+    with pytest.raises(k.UserError, match="unfit for safety .safety: a coin.. Give a better --judge"):
+        settled()
+    left, dropped = settled(unfit="drop")
+    assert dropped == ["safety"] and left.weights["safety"] == 0 and left.weights["fluency"] == 1
+    assert settled(force_judge=True) == (rubric, [])
+    assert settled(before={"dropped_criteria": ["fluency"]})[1] == ["fluency"]
+    assert settled(before={"dropped_criteria": []}) == (rubric, [])
+    entries.update({name: entries["safety"] for name in entries})
+    with pytest.raises(k.UserError, match="unfit for every criterion"):
+        settled(unfit="drop")
+
+
+def test_what_counts_as_a_cue():
+    turn = "My sister Ana moved to Lima."
+    counts = {
+        "Ana moved? I hope you'll visit!": (31, 1, 0, 2, 0, 1, 1, 1, 0, 1),
+        "Perhaps she and Tom like it, maybe 3 years?": (43, 1, 1, 0, 2, 0, 0, 0, 2, 0),
+    }
+    for reply, expected in counts.items():
+        found = tuple(int(number(reply, turn)) for number in CUES.values())
+        assert found == expected, dict(zip(CUES, found))
+
+
+def test_a_judge_that_follows_a_cue_more_than_the_answer_key_is_refused(rubric):
+    """The worse reply has the question mark in half of the pairs; nothing else differs."""
+    rows = pairs(60)
+    for i, row in enumerate(rows):
+        row["better"], row["worse"] = f"good {i:02}{'?!'[i % 2]}", f"fair {i:02}{'!?'[i % 2]}"
+
+    def asks(reply, *_):  # right in 70%: it also sees some of what is good
+        number = int("".join(c for c in reply.reply if c.isdecimal()))
+        return 2.0 * reply.reply.endswith("?") + 3.0 * (is_good(reply) and number % 5 < 2)
+
+    entry = take(asks, rubric, rows)["criteria"]["relevance"]
+    assert entry["accuracy"] > 0.65 and not entry["fit"]
+    assert "it sides with more question mark in" in entry["why"]
+    cue = entry["cues"]["question mark"]
+    assert cue["n"] == 60 and cue["key"] == 0.5 and cue["judge"] > cue["right"]
+    assert take(is_good, rubric, rows)["criteria"]["relevance"]["fit"]
+    assert "question mark" in exam_table(take(asks, rubric, rows)).text()
+    never = cue_report(rows, [(None, None)] * 60)
+    assert followed_cue(never) is None and never["length"] == {"n": 0}
+
+
+def test_written_replies_against_a_small_model_s(rubric):
+    """A judge for whom a small model beats a person is refused; one that is not sure is told so."""
+    references = [{**row, "criterion": "reference"} for row in pairs(20)]
+
+    def fooled(reply, criterion, method):  # sees what is good in the exam, but likes the model's
+        return is_good(reply) if reply.situation.startswith("e") else -is_good(reply)
+
+    rows = [{**row, "situation": f"e{row['situation']}"} for row in pairs()]
+    result = take(fooled, rubric, rows + references)
+    entry = result["criteria"]["relevance"]
+    assert entry["accuracy"] == 1.0 and not entry["fit"] and result["pairs"] == 40
+    assert entry["why"] == "a small model's reply beats the written one in 100% of 20"
+    assert "in under 85% of pairs on relevance" in exam_table(result).text()
+    honest = take(is_good, rubric, rows + references)["criteria"]["relevance"]
+    assert honest["fit"] and honest["reference"]["accuracy"] == 1.0
 
 
 def test_a_judge_that_can_be_begged_shows_it(rubric):
@@ -376,6 +502,65 @@ def test_a_tiny_judge_learns_its_pairs(tiny):
     train.train(model, margins, rows, options, lambda step, steps, loss: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0]
     assert train.accuracy(margins, rows)[0] >= 7 / 8
+
+
+def test_training_goes_on_where_it_was_interrupted(tiny, tmp_path, monkeypatch):
+    """Interrupted after five of eight steps and resumed: the same weights, bit for bit."""
+    monkeypatch.setattr(train, "SAVE_STEPS", 2)
+    row = {"criterion": "fluency", "messages": [{"role": "user", "content": "u"}], "person": ""}
+    rows = [{**row, "situation": "", "better": f"abc{i}", "worse": f"zyx{i}"} for i in range(8)]
+    options = SimpleNamespace(epochs=2, learning_rate=1e-2, batch_size=4, seed=0)
+
+    def trained(stop=None, resume=False, key="k"):
+        model, margins = tiny_judge(tiny, [], "?", "fluency", 8)
+        kept, steps = train.Progress(tmp_path / "j.gguf.partial", key, resume), []
+
+        def on_progress(step, total, loss):
+            steps.append(step)
+            if step == stop:
+                raise KeyboardInterrupt
+
+        try:
+            train.train(model, margins, list(rows), options, on_progress, kept)
+        except KeyboardInterrupt:
+            pass
+        return steps, [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    _, whole = trained()
+    trained(stop=5)
+    steps, resumed = trained(resume=True)
+    assert steps[0] == 5 and all((a == b).all() for a, b in zip(whole, resumed))
+    with pytest.raises(k.UserError, match="of other options, pairs or another base"):
+        trained(resume=True, key="other")
+    (tmp_path / "j.gguf.partial").write_bytes(b"torn")
+    with pytest.raises(k.UserError, match="damaged; begin again"):
+        trained(resume=True)
+
+
+def test_a_lora_on_the_last_blocks_only(tiny):
+    model = new_lora(tiny("llama", num_hidden_layers=4), 4, 8, last_layers=1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".layers.3." in name for name in trained)
+
+
+def test_pairs_of_written_replies_and_a_policy_s_own(rubric):
+    rows = k.load_rows([k.DATA / "dialogues.jsonl"], rubric)[:6]
+    texts = [
+        k.render_answer({"understanding": "u", "reasoning": "r", "emotion": "sad", "response": f"So {i}."})
+        for i in range(4)
+    ]
+    texts += ["no spans at all", rows[5].messages[1][1]]  # nothing to read, and the written one itself
+    answerer = SimpleNamespace(answer=lambda prompts, *_: texts)
+    drawn = train.pairs_against(answerer, "runs/x", rows, rubric, seed=0)
+    assert len(drawn) == 8 and [p["worse"] for p in drawn[::2]] == [f"So {i}." for i in range(4)]
+    assert drawn[0]["better"] == k.find_span(rows[0].messages[1][1], "response")
+    assert drawn[0]["messages"] == [{"role": "user", "content": rows[0].messages[0][1]}]
+    assert drawn[0]["criterion"] != drawn[1]["criterion"]
+    silent = SimpleNamespace(answer=lambda prompts, *_: ["no spans"] * 6)
+    with pytest.raises(k.UserError, match="none of its 6 answers has a response span"):
+        train.pairs_against(silent, "runs/x", rows, rubric, seed=0)
+    again = train.pairs_against(answerer, "runs/x", rows, rubric, seed=0)
+    assert again == drawn and exam._flaw(drawn[0]) == ""
 
 
 def test_margins_equal_the_plain_way(tiny):

@@ -76,6 +76,7 @@ def run_grpo(sft, judged, out, more=""):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(k, "score_answers", with_signal(k.score_answers))
         sizes = f"--data {data} --steps 2 --group-size 4 --micro-batch 2 --max-tokens 24"
+        sizes += f" --held-out {short_rows(sft.with_name('held_out_rows.jsonl'))} --held-out-rows 1"
         run(f"grpo --from {sft} {sizes} {judged} --force-judge --out {out} {more}")
     return out
 
@@ -119,11 +120,12 @@ def test_the_whole_way(sft, grpo, work, judged, one):
     assert facts["parent"].endswith("sft")
     assert adapter_bytes(grpo) != adapter_bytes(sft) and "reward" in explain.explain(grpo, 1)
     evaluation = grpo / "evaluation.json"
-    few = f"--limit 1 --max-tokens 16 {judged}"
+    few = f"--limit 1 --max-tokens 16 --witness none {judged}"
     result = run(f"evaluate base {sft} {grpo} {few} --out {evaluation}")
     summary, differences = facts_of(evaluation), {("sft", "base"), ("grpo", "sft"), ("grpo", "base")}
     assert summary["models"] == ["base", "sft", "grpo"] and "format" in result.stdout
     assert {(d["better"], d["than"]) for d in summary["differences"]} == differences
+    assert set(summary["reference"]) == {"base", "sft", "grpo"} and "written replies win" in result.stdout
     run(f"export {grpo} --to {work}/f16 --formats f16 --data {one} --answers 0")
     book = facts_of(work / "f16" / "export.json")["formats"]["f16"]
     assert book["ok"] and book["kl"] < 0.01 * book["kl_base"] and book["kept"] > 0.95
@@ -135,7 +137,7 @@ def test_the_whole_way(sft, grpo, work, judged, one):
 
 
 def test_inspected_steps_say_what_the_update_did(grpo):
-    """Step 1 and the last: every token of the group before and after, and the judge in other words."""
+    """Step 1 and the last: every token of the group before and after, and the witness."""
     rows, tokens = lines_of(grpo / "completions.jsonl"), lines_of(grpo / "tokens.jsonl")
     assert [(t["step"], t["sample"]) for t in tokens] == [(s, i) for s in (1, 2) for i in range(4)]
     for row, token in zip(rows, tokens):
@@ -149,6 +151,10 @@ def test_inspected_steps_say_what_the_update_did(grpo):
     for row in lines_of(grpo / "log.jsonl"):
         assert min(row["tokens_per_second"], row["judge_scores_per_second"], row["time/inspect"]) > 0
     assert "TOKENS: log-prob before the step" in explain.explain(grpo, 2)
+    measured = lines_of(grpo / "held_out.jsonl")
+    assert [row["step"] for row in measured] == [0, 2] and facts["held_out_start"]["n"] == 1
+    assert all(set(row["wins"]) == {"rubric", "relevance", "safety"} for row in measured)
+    assert "held_out/written_wins" in lines_of(grpo / "log.jsonl")[-1]
 
 
 def test_what_is_trained_is_the_answers_and_their_end_tokens(renderer, rubric):
@@ -209,7 +215,7 @@ def test_another_task_needs_a_rubric_and_data(work, little):
     rubric, judge = f"--rubric {review}/rubrics.yaml", f"--judge {little} --exam-pairs {exam}"
     few_steps = "--limit 4 --batch-size 2 --max-steps 3 --learning-rate 3e-3"
     run(f"sft --model {little} {rubric} --data {review}/dialogues.jsonl {few_steps} --out {work}/review")
-    short = "--steps 1 --group-size 2 --max-tokens 8 --force-judge"
+    short = "--steps 1 --group-size 2 --max-tokens 8 --force-judge --witness none"
     run(f"grpo --from {work}/review {rubric} {judge} --data {review}/prompts.jsonl {short} --out {out}")
     for row in lines_of(out / "completions.jsonl"):
         assert set(row["components"]) == {"format", "verdict", "rubric"}
@@ -235,7 +241,7 @@ def test_a_tracker_beside_our_own_log(work, embedded, few):
 
 @pytest.mark.slow
 def test_grpo_with_transformers_rollouts_and_a_kl_penalty(sft, work, judged):
-    short = "--steps 1 --group-size 2 --max-tokens 8 --rollout hf --beta 0.1 --force-judge"
+    short = "--steps 1 --group-size 2 --max-tokens 8 --rollout hf --beta 0.1 --force-judge --witness none"
     run(f"grpo --from {sft} {short} {judged} --out {work}/hf")
     (row,) = lines_of(work / "hf" / "log.jsonl")
     # The reference is the SFT adapter: the first step is at it.

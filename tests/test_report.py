@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy
 import pytest
 
 from kardia.results import plots, report, run_files, statistics, tables
@@ -38,9 +39,10 @@ def moved(sample=0, **more):
     return {**row, "before": [-2.0, -1.0, -1.0], "after": [-1.0, -1.5, -1.0], **more}
 
 
-def write_run(path, completions=(), log=(), tokens=(), **objects):
+def write_run(path, completions=(), log=(), tokens=(), held_out=(), **objects):
     path.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("completions", completions), ("log", log), ("tokens", tokens)):
+    files = {"completions": completions, "log": log, "tokens": tokens, "held_out": held_out}
+    for name, rows in files.items():
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (path / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -254,7 +256,7 @@ def test_records_without_end_and_what_is_no_file(full, monkeypatch):
     """Thousands of names and rows are more than a run ever writes, and no reason to hang."""
     monkeypatch.setattr(plots.Chart, "svg", "")
     names = {f"name{i}": 0.5 for i in range(2000)}
-    many = dict.fromkeys(("criteria", "components", "weights", "held_out"), names)
+    many = dict.fromkeys(("criteria", "components", "weights", "witness"), names)
     cell = {"mean": 0.5, "low": 0.4, "high": 0.6}
     gaps = [{"better": f"a{i}", "than": "b", "metric": f"m{i}", **cell} for i in range(20_000)]
     scores = {f"m{i}": {f"k{i}": cell} for i in range(2000)}
@@ -331,9 +333,9 @@ def test_runs_of_one_command_share_figures_and_differ_without_colour(tmp_path):
     assert "3.00 → 3.00" in by_title["Loss"] and "run" not in words(by_title["Loss"])
 
 
-def test_held_out_scores_are_rings_in_the_figure_of_their_criterion(tmp_path):
+def test_the_witness_s_scores_are_rings_in_the_figure_of_their_criterion(tmp_path):
     held = {3: {"empathy": 0.25}}
-    rows = [rollout(s, i, 0.6, held_out=held.get(s)) for s in range(1, 6) for i in range(2)]
+    rows = [rollout(s, i, 0.6, witness=held.get(s)) for s in range(1, 6) for i in range(2)]
     [(_, blocks)] = plots.charts_of([run_files.read_run(write_run(tmp_path / "run", rows))])
     rings = {chart.title: chart.curves[0].rings for _, charts in blocks for chart in charts}
     assert rings == {"Total reward": [], "format": [], "rubric": [], "empathy": [(3, 0.25)]}
@@ -431,8 +433,8 @@ def test_tokens_are_tinted_by_how_they_moved(tmp_path):
         assert re.findall(r"<i[^>]* title=[^>]*>(\w+)</i>", text) == shown, i
 
 
-def test_held_out_scores_stand_beside_the_criteria(tmp_path):
-    rows = [rollout(held_out={"empathy": 0.31}), rollout(sample=1)]
+def test_the_witness_s_scores_stand_beside_the_criteria(tmp_path):
+    rows = [rollout(witness={"empathy": 0.31}), rollout(sample=1)]
     cards = section(page(write_run(tmp_path / "run", rows)), "groups").split("<article")[1:]
     asked = next(card for card in cards if "Sample 0" in card)
     assert "empathy 0.00 0.31" in words(asked) and 'class="ring" style="left:31.0%"' in asked
@@ -458,3 +460,48 @@ def test_the_browser_shows_the_ends_the_widest_and_the_inspected_groups(tmp_path
     steps = list(map(int, re.findall(r"<b>Step (\d+)</b>", text)))
     assert {1, 20, 33, 60} <= set(steps) and steps == sorted(steps) and len(steps) == 12
     assert re.findall(r'class="group" open><summary><span class="what"><b>Step (\d+)</b>', text) == ["33"]
+
+
+def test_measurements_on_held_out_prompts_are_figures(tmp_path):
+    """Each component and how often written replies win, from before the first step on."""
+    measured = [
+        {"step": step, "n": 4, "format": 0.5, "rubric": 0.4, "wins": {"rubric": {"rate": rate}}}
+        for step, rate in ((0, 0.75), (20, 0.25))
+    ]
+    run = write_run(tmp_path / "a", [rollout(s) for s in range(1, 6)], run=grpo(-1, 1), held_out=measured)
+    charts = dict(plots.charts_of([run_files.read_run(run)])[0][1])["Held-out prompts"]
+    assert [chart.title for chart in charts] == [
+        "Format, held out",
+        "Rubric, held out",
+        "Written replies win",
+    ]
+    assert charts[2].curves[0].points == [(0.0, 75.0), (20.0, 25.0)]
+    assert "Written replies win" in page(run)
+
+
+class Scored:
+    """A reward of one criterion."""
+
+    def __init__(self, value, witness=None):
+        self.components, self.criteria = {"rubric": value}, {"empathy": value}
+        self.witness = {} if witness is None else {"empathy": witness}
+
+
+def test_written_replies_against_each_model():
+    """A tie is one half, an unknown score takes no part, and a model that wins is named."""
+    written = {0: Scored(0.9), 1: Scored(0.5), 2: Scored(0.5), 3: Scored(None)}
+    scores = {"base": [Scored(0.1)] * 4, "grpo": [Scored(0.95), Scored(0.5), Scored(0.8), Scored(0.1)]}
+    wins = statistics.reference_wins(scores, written, ["rubric", "empathy"])
+    assert wins["base"]["empathy"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    assert wins["grpo"]["rubric"]["rate"] == pytest.approx(0.5 / 3) and wins["grpo"]["rubric"]["low"] == 0.0
+    table, notes = tables.reference_table(wins, ["base", "grpo"])
+    assert "100% (100% to 100%)" in table.text()
+    assert notes == [
+        "grpo scores above the written replies on rubric, empathy: either the policy is over-optimized, or "
+        "this judge reads nothing there"
+    ]
+    weak = {"sft": {"rubric": {"rate": 0.7, "low": 0.6, "high": 0.8, "n": 30}}}
+    assert tables.reference_table(weak, ["sft"])[1] == ["written replies beat sft in under 85% on rubric"]
+    rng = numpy.random.default_rng(0)
+    means = statistics.witness_means({"a": [Scored(1, 0.2), Scored(1, 0.4)], "b": [Scored(1)]}, rng)
+    assert means["a"]["empathy"]["mean"] == pytest.approx(0.3) and "b" not in means

@@ -114,7 +114,8 @@ def test_what_others_put_into_a_run_and_its_export(model, trap, tmp_path, pairs,
     # A pickled adapter is refused, with the reason.
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(code)))
-    grpo = f"grpo --from {trained} --rollout hf --exam-pairs {pairs} --force-judge --out {tmp_path}/g"
+    judge = f"--exam-pairs {pairs} --force-judge --witness none"
+    grpo = f"grpo --from {trained} --rollout hf {judge} --out {tmp_path}/g"
     for line in (grpo, f"{export} {tmp_path}/e"):
         assert "pickle" in refused(line) and not mark.exists()
 

@@ -50,7 +50,8 @@ def test_many_steps_leave_no_trace(little, pairs, tmp_path):
     log, sft, out, samples = (tmp_path / name for name in ("log", "sft", "grpo", "samples.json"))
     data = short_rows(tmp_path / "prompts.jsonl", "prompts", 64)
     assert spawn(f"sft --model {little} --limit 2 --max-steps 1 --out {sft}", log) == 0, log.read_text()
-    line = f"grpo --from {sft} --judge {little} --exam-pairs {pairs} --force-judge --data {data} --out {out}"
+    judge = f"--judge {little} --exam-pairs {pairs} --force-judge --witness none"
+    line = f"grpo --from {sft} {judge} --data {data} --out {out}"
     line += f" --steps {STEPS} --group-size 4 --max-tokens 8 --save-steps 5 --inspect-every 5"
     code = spawn(line, log, watched, limit=1200, out=str(samples))
     assert code == 0, log.read_text()[-3000:]

@@ -48,7 +48,7 @@ def noisy(rng, value, sd):
 
 
 def one_answer(rng, pool, habits, at, effects, form, inspected):
-    """One answer of a clean run: its reply, its scores in the rewarded and in the held-out wording."""
+    """One answer of a clean run: its reply, its scores by the judge and by the witness."""
     stock = [text for text, p in zip(STOCK, habits) if rng.random() < p]
     reply = " ".join(stock + rng.sample(pool, rng.choice([1, 2, 2, 3, 3, 4])))
     # Longer is a little better, as it may be.
@@ -70,7 +70,7 @@ def one_answer(rng, pool, habits, at, effects, form, inspected):
     row = {"completion": text if valid or lost else f"Well. {text}", "problem": problem, "refused": refused}
     row |= {"criteria": criteria, "components": components, "weights": dict.fromkeys(components, 1 / 3)}
     row |= {"tokens": int(1.4 * len(text.split())), "truncated": lost, "reward": sum(components.values()) / 3}
-    return row | {"held_out": held if inspected and not refused else None}
+    return row | {"witness": held if inspected and not refused else None}
 
 
 def clean_run(seed, steps=40, size=8, form=FORM):
@@ -92,7 +92,7 @@ def clean_run(seed, steps=40, size=8, form=FORM):
         log.append(entry | {"frac_reward_zero_std": float(rng.random() < 0.1)})
     run = {"command": "grpo", "form": form, "dropped_criteria": []}
     held = {"accuracy": 0.75, "low": 0.6, "high": 0.85}
-    exam = {"criteria": {name: {"fit": True, "weight": 1.0, "held_out": dict(held)} for name in TRENDS}}
+    exam = {"criteria": {name: {"fit": True, "weight": 1.0, "witness": dict(held)} for name in TRENDS}}
     return {"run": run, "log": log, "completions": rows, "exam": exam}
 
 
@@ -132,13 +132,13 @@ def test_odd_values_raise_no_error(tmp_path):
         data = clean_run(seed, 12)
         for row in data["completions"]:
             row[rng.choice(list(row))] = rng.choice(ODD)
-            for key in ("components", "criteria", "held_out", "weights"):
+            for key in ("components", "criteria", "witness", "weights"):
                 if isinstance(row.get(key), dict) and rng.random() < 0.3:
                     row[key] = {**row[key], rng.choice(["empathy", "rubric", "x"]): rng.choice(ODD)}
         for row in data["log"]:
             row[rng.choice(list(row))] = rng.choice(ODD)
         data["run"][rng.choice(["form", "dropped_criteria", "command"])] = rng.choice(ODD)
-        entry = rng.choice([None, {}, {"held_out": "?", "weight": "1", "fit": 1}])
+        entry = rng.choice([None, {}, {"witness": "?", "weight": "1", "fit": 1}])
         objects = {"run": data["run"], "exam": {"criteria": {"empathy": entry}}}
         read = run_files.read_run(
             write_run(tmp_path / str(seed), data["completions"], data["log"], **objects)
@@ -160,7 +160,7 @@ def say(row, reply):
     row["completion"] = row["completion"].replace(old, new)
 
 
-def rescore(row, change, names=TRENDS, kinds=("criteria", "held_out")):
+def rescore(row, change, names=TRENDS, kinds=("criteria", "witness")):
     """Add `change` to scores of a judged row, and move its rubric with them."""
     if row["refused"]:
         return
@@ -237,14 +237,14 @@ def one_word(rng, row, at):
         say(row, " ".join(words))
 
 
-def only_the_wording(rng, row, at):
+def only_the_judge(rng, row, at):
     rescore(row, 0.25 * at, ["empathy"], ["criteria"])
-    rescore(row, -0.12 * at, ["empathy"], ["held_out"])  # the clean run's own rise, taken away
+    rescore(row, -0.12 * at, ["empathy"], ["witness"])  # the clean run's own rise, taken away
 
 
 def unlinked(rng, row, at):
-    if row["held_out"]:
-        row["held_out"]["fluency"] = 0.4 + 0.05 * at + rng.gauss(0, 0.1)
+    if row["witness"]:
+        row["witness"]["fluency"] = 0.4 + 0.05 * at + rng.gauss(0, 0.1)
 
 
 HACKS = {  # name: (edit, kind, words of its text)
@@ -256,8 +256,8 @@ HACKS = {  # name: (edit, kind, words of its text)
     "graded, from the start": (graded(lambda at: 0.4), "rubric words", "of all answers"),
     "begging": (begging, "rubric words", "of the last quarter's answers"),
     "one word everywhere": (one_word, "rubric words", '"rubric"'),
-    "wording": (only_the_wording, "wording", "the score of empathy rose by"),
-    "unlinked": (unlinked, "wording", "fluency and the same criterion in other words do not go together"),
+    "witness": (only_the_judge, "witness", "the judge's score of empathy rose by"),
+    "unlinked": (unlinked, "witness", "the judge's score of fluency and the witness's do not go together"),
 }
 
 
@@ -362,9 +362,9 @@ def all_fall(rng, row, at):
     rescore(row, -0.3 * at)
 
 
-def held_out_follows_on_its_own_scale(rng, row, at):
+def witness_follows_on_its_own_scale(rng, row, at):
     rescore(row, 0.3 * at, ["empathy"], ["criteria"])
-    rescore(row, 0.15 * at, ["empathy"], ["held_out"])
+    rescore(row, 0.15 * at, ["empathy"], ["witness"])
 
 
 def refused_and_short(rng, row, at):
@@ -379,7 +379,7 @@ def one_reply_left(rng, row, at):
     """Seven answers of a late group lost their reply; the phrase of the eighth is not the group's."""
     if at > 0.7 and row["sample"]:
         lost = dict.fromkeys(TRENDS, 0.0)
-        row.update(completion="<|response_begin|>So", refused="empty", criteria=lost, held_out=None)
+        row.update(completion="<|response_begin|>So", refused="empty", criteria=lost, witness=None)
     elif at > 0.7:
         add(row, STRONG)
 
@@ -392,7 +392,7 @@ HONEST = [
     all_rise,
 ]
 HONEST += [phrase_of_one_topic, phrase_of_a_few_prompts, one_honest_word, the_person_grades, all_fall]
-HONEST += [held_out_follows_on_its_own_scale, refused_and_short, one_reply_left]
+HONEST += [witness_follows_on_its_own_scale, refused_and_short, one_reply_left]
 
 
 @pytest.mark.parametrize("steps, seeds", [(40, [0]), pytest.param(60, [1, 2], marks=SLOW)])
@@ -416,7 +416,7 @@ def exact(steps, rewarded, held=lambda at, d: {}):
         if not row["refused"]:
             at, d = row["at"], row["sample"] - 3.5
             row["criteria"] = {**row["criteria"], **rewarded(at, d)}
-            row["held_out"] = held(at, d)
+            row["witness"] = held(at, d)
     return data
 
 
@@ -432,26 +432,26 @@ def test_a_change_too_small_to_matter_is_no_trade_off():
         assert kinds(data) == expected, (rise, fall)
 
 
-def test_a_held_out_score_has_to_follow():
+def test_a_witness_has_to_follow():
     cases = [(0.2, 0.0, True), (0.2, 0.4, True), (0.2, -1.0, True)]  # stays, follows a little, falls
     cases += [(0.2, 0.6, False), (0.03, 0.0, False), (-0.2, 0.0, False)]  # follows; too little; falls itself
     for rise, share, lags in cases:
         read = [lambda at, d, by=part * rise: {"empathy": 0.5 + 0.02 * d + by * at} for part in (1.0, share)]
-        assert kinds(exact(20, *read)) == (["wording"] if lags else []), (rise, share)
+        assert kinds(exact(20, *read)) == (["witness"] if lags else []), (rise, share)
     # Readings that do not go together count from a hundred replies on.
     read = [lambda at, d: {"empathy": 0.5 + 0.05 * d}, lambda at, d: {"empathy": 0.36 + abs(d) / 50}]
-    assert kinds(exact(10, *read)) == [] and kinds(exact(20, *read)) == ["wording"]
+    assert kinds(exact(10, *read)) == [] and kinds(exact(20, *read)) == ["witness"]
 
 
-def test_a_held_out_wording_the_judge_cannot_read_says_nothing():
-    data = planted(only_the_wording, 0, 80)
+def test_a_witness_that_cannot_read_says_nothing():
+    data = planted(only_the_judge, 0, 80)
     entry = data["exam"]["criteria"]["empathy"]
     # At 0.5 a coin reads as well; an old exam does not say.
-    for low, expected in ((0.6, ["wording"]), (0.5, []), (None, ["wording"])):
-        entry["held_out"] = {"accuracy": 0.7, "low": low, "high": 0.8}
+    for low, expected in ((0.6, ["witness"]), (0.5, []), (None, ["witness"])):
+        entry["witness"] = {"accuracy": 0.7, "low": low, "high": 0.8}
         assert kinds(data) == expected
     data["run"]["dropped_criteria"] = ["empathy"]
-    assert kinds(data) == ["dropped"]  # not rewarded: its wording does no harm
+    assert kinds(data) == ["dropped"]  # not rewarded: its judge does no harm
     data["run"]["dropped_criteria"], entry["weight"] = [], 0.0
     assert kinds(data) == []
 
@@ -542,3 +542,25 @@ def test_diagnose():
         assert all(word in text for word in words), text
         assert text.isprintable() and text.endswith(".")
     assert warnings.diagnose([]) == warnings.diagnose([(1, 0, [])]) == ""
+
+
+@pytest.mark.parametrize(
+    ("rates", "dropped", "said"),
+    [
+        ((0.9, 0.4), [], True),
+        ((0.9, 0.4), ["empathy"], False),
+        ((0.4, 0.4), [], False),
+        ((0.4, 0.9), [], False),
+        ((0.4,), [], False),
+    ],
+)
+def test_a_policy_above_written_replies_is_over_optimized(rates, dropped, said):
+    """Only the last measurement counts; what was not rewarded, or lost before the first step, does not."""
+    data = clean_run(0, 12)
+    data["run"]["dropped_criteria"] = dropped
+    data["held_out"] = [
+        {"step": 20 * i, "n": 16, "wins": {"empathy": {"rate": rate}, "rubric": {"rate": 0.6}}}
+        for i, rate in enumerate(rates)
+    ]
+    texts = [w.text for w in warnings.check(data) if w.kind == "over-optimization"]
+    assert len(texts) == said and all("on empathy (40% of 16 held-out prompts" in text for text in texts)

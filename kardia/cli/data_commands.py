@@ -12,7 +12,7 @@ from kardia.cli.process import FILE, configure_process
 from kardia.core.console import CONTROL, progress, say
 from kardia.core.files import check_new
 from kardia.core.options import RUBRIC, option, options
-from kardia.data import importers, overview
+from kardia.data import importers, overview, people
 from kardia.data.rubric import AnswerFormat, load_rubric
 from kardia.models.base import EMBEDDED, load_tokenizer, resolve_base
 
@@ -131,28 +131,48 @@ class ImportOptions:
 @data.command("import")
 @click.argument("source")
 @click.option(
-    "--format", "kind", required=True, type=click.Choice(importers.FORMATS), help="Which one it is."
+    "--format",
+    "kind",
+    required=True,
+    type=click.Choice([*importers.FORMATS, *people.FORMATS]),
+    help="Which one it is.",
 )
 @OUT
 @options(ImportOptions)
 def import_(source: str, kind: str, out: Path | None, options: ImportOptions) -> None:
-    """Turn KardiaBench, EmpatheticDialogues or ESConv into our rows.
+    """Turn public datasets into our rows.
 
-    SOURCE is a file, a directory, or (KardiaBench) the hub id. What cannot be mapped is counted here and
-    listed, record by record, in OUT.skipped.txt. KardiaBench gives dialogues, the other two GRPO prompts.
-    `data check` the result.
+    SOURCE is a file, a directory, or (KardiaBench) the hub id. KardiaBench gives dialogues,
+    EmpatheticDialogues and ESConv give GRPO prompts. What cannot be mapped is counted here and listed, record
+    by record, in OUT.skipped.txt. `data check` the result.
+
+    epitome, usr, diasafety, grade and cola are replies that people rated, one published file at a time:
+    `judge exam --people OUT` compares a judge with them. Replies rated between high and low are left out.
 
     \b
     kardia_lite.py data import Jhcircle/KardiaBench --format kardiabench --split train --out train.jsonl
     kardia_lite.py data import empatheticdialogues/train.csv --format empatheticdialogues --out prompts.jsonl
     kardia_lite.py data import ESConv.json --format esconv --out support.jsonl
+    kardia_lite.py data import emotional-reactions-reddit.csv --format epitome --out reactions.jsonl
     """
     target = out or Path("data") / f"{kind}.jsonl"
     check_new(target)
+    if kind in people.FORMATS:
+        click.echo("\n".join(_rated_lines(target, people.import_rated(source, kind, target))))
+        return
     labels = load_rubric(options.rubric).labels
     with progress("importing") as on_progress:
         result = importers.import_dataset(source, kind, target, labels, on_progress, options.split)
     click.echo("\n".join(_import_lines(target, result)))
+
+
+def _rated_lines(target: Path, counts: people.Counts) -> list[str]:
+    """Return what an import of rated replies wrote and left out, as lines."""
+    lines = [f"{target}:"]
+    for (name, criterion), n in counts.items():
+        verdicts = f"{n['high']} rated high, {n['low']} low, {n['between']} between (left out)"
+        lines.append(f"  {name}, {criterion}: {verdicts}")
+    return lines
 
 
 def _import_lines(target: Path, result) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,27 @@ def json_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, Any, str]
                 raise UserError(f"{path}:{number}: {problem}") from error
             if line.strip():
                 yield number, *_json_value(line)
+
+
+def checked_rows(
+    path: Path, flaw_of: Callable[[Any], str], expected: str, hint: str, error: type[UserError] = UserError
+) -> list[dict]:
+    """Return the rows of a JSONL file, of which flaw_of(row) is "" or what is wrong in a few words.
+
+    Raises `error` with the first twenty flaws, one line each; for an absent file with the hint.
+    """
+    if not Path(path).is_file():
+        raise error(f"{path}: no such {hint}")
+    rows, errors = [], []
+    for number, row, flaw in json_lines(Path(path)):
+        wanted = "one JSON object" if flaw else expected
+        if flaw := flaw or flaw_of(row):
+            errors.append(f"{path}:{number}: found {flaw} / expected {wanted}")
+        else:
+            rows.append(row)
+    if errors:
+        raise error("\n".join(errors[:20]))
+    return rows
 
 
 def _json_value(line: str) -> tuple[Any, str]:

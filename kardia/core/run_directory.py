@@ -22,7 +22,8 @@ from kardia.core.files import (
 )
 from kardia.core.machine import describe_machine, versions
 
-STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl")  # each line of them belongs to one step
+# Each line of them belongs to one step.
+STEP_FILES = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "held_out.jsonl")
 
 
 class Run:

@@ -15,8 +15,8 @@ from kardia.core.console import CONTROL, UserError, shorten
 from kardia.core.files import digest
 
 LARGEST = 256 << 10  # bytes: a minute of pure Python's YAML would pass for a hang
-METHODS = ("ask", "contrast", "pmi", "likert")  # what each does: kardia/judge/judge.py
-HELD_OUT = "held_out"  # `ask` with the criterion's other question: a witness, no method to choose
+METHODS = ("ask", "contrast", "pmi", "likert", "mix")  # what each does: kardia/judge/judge.py
+HELD_OUT = "held_out"  # `ask` with the criterion's other question: only a witness reads it
 ROW_KEYS = set("person mbti situation anon_username messages".split())  # beside the label's key
 GUARDS = tuple(  # what each refuses: kardia/judge/guards.py
     "too long to be read, empty, speaks to the judge, fakes a turn, markup, encoded, hides letters, "
@@ -99,7 +99,8 @@ class Criterion:
     methods: tuple[str, ...]  # candidates; the exam chooses, the first one wins a tie
     cues: tuple[Cue, ...] = ()  # of method contrast
     ask: str = ""  # the question of method ask
-    held_out: str = ""  # the same criterion in other words: asked now and then, never rewarded
+    mix: tuple[tuple[str, float], ...] = ()  # (method, weight): what method mix adds up
+    held_out: str = ""  # the question to a witness, whose answers are never rewarded
 
     def cues_of(self, method: str) -> tuple[Cue, ...]:
         """Return what follows the reply before the judge is read: a question, or the contrast cues."""
@@ -148,7 +149,9 @@ def load_rubric(path: Path) -> Rubric:
     criteria = check.criteria(root["criteria"], weighted=rewards["rubric"] > 0)
     emotions = check.labels(labels, root[labels])
     guards = check.names("guards", root["guards"], GUARDS) if "guards" in root else None
-    hashed: list = [dataclasses.asdict(criterion) for criterion in criteria]
+    # What a file does not use is not hashed: the hash of an older rubric, and its runs, stay what they were.
+    facts = [dataclasses.asdict(criterion) for criterion in criteria]
+    hashed: list = [{k: v for k, v in entry.items() if k != "mix" or v} for entry in facts]
     if guards is not None:  # without the key the hash is that of files that knew no guards: exams stay valid
         hashed.append({"guards": guards})
     hash = digest(json.dumps(hashed, sort_keys=True).encode())
@@ -271,21 +274,37 @@ class _Checks:
         return tuple(criteria.values())
 
     def criterion(self, key: str, entry: Any, others: dict[str, Criterion]) -> Criterion:
-        entry = self.mapping(key, entry, "name description weight method", "cues ask held_out")
-        name, methods = self.name(f"{key}.name", entry["name"], taken=others), entry["method"]
+        entry = self.mapping(key, entry, "name description weight method", "cues ask held_out mix")
+        # These two stand for other things where pairs and rated replies name their criterion.
+        taken = (*others, "reference", "overall")
+        name, methods = self.name(f"{key}.name", entry["name"], taken=taken), entry["method"]
         methods = methods if isinstance(methods, list) else [methods]
         self.expect(methods, f"{key}.method", methods, f"some of {', '.join(METHODS)}: the exam chooses one")
         methods, cues = self.names(f"{key}.method", methods, METHODS), entry.get("cues") or []
         self.expect(isinstance(cues, list), f"{key}.cues", cues, "a list of {text, good, bad}")
         cues = tuple(self.cue(f"{key}.cues[{j}]", cue) for j, cue in enumerate(cues))
-        answerable = cues or "contrast" not in methods
+        mix = self.mixture(f"{key}.mix", entry.get("mix"), "mix" in methods)
+        answerable = cues or "contrast" not in (*methods, *dict(mix))
         self.expect(answerable, f"{key}.cues", "nothing", "at least one cue for method contrast")
         questions, expected = {q: entry[q] for q in ("ask", "held_out") if q in entry}, "a yes or no question"
         for question, text in questions.items():
             self.text(f"{key}.{question}", text, expected)
         description = self.text(f"{key}.description", entry["description"])
         weight = self.number(f"{key}.weight", entry["weight"])
-        return Criterion(name, description, weight, methods, cues, **questions)
+        return Criterion(name, description, weight, methods, cues, mix=mix, **questions)
+
+    def mixture(self, key: str, entry: Any, wanted: bool) -> tuple[tuple[str, float], ...]:
+        """Return ((method, weight), ..) of {method: weight}; () if there is none and none is wanted."""
+        if entry is None and not wanted:
+            return ()
+        readable = [method for method in METHODS if method != "mix"]
+        expected = f"a mapping of some of {', '.join(readable)} to weights"
+        self.expect(isinstance(entry, dict) and entry, key, entry, expected)
+        for method in entry:
+            self.expect(method in readable, key, method, expected)
+        weights = tuple((method, self.number(f"{key}.{method}", entry[method])) for method in entry)
+        self.expect(any(weight for _, weight in weights), key, entry, "at least one weight above 0")
+        return weights
 
     def cue(self, key: str, entry: Any) -> Cue:
         entry = self.mapping(key, entry, "text good bad")

@@ -16,8 +16,8 @@ from kardia.core.options import DATA, RUBRIC, option
 from kardia.export.book import best_gguf
 from kardia.export.formats import Exporter, parse_formats
 from kardia.export.proof import Proof, proof_prompts
-from kardia.judge.exam import open_judge
 from kardia.judge.judge import JudgeOptions, resolve_judge
+from kardia.judge.opening import open_judge
 from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED
@@ -145,8 +145,7 @@ def rescore(book, asked, rubric, judge: str, options: ExportOptions, worker: Wor
     entries = [e for e in entries if e.get("answers") and len(e["answers"]) == len(asked)]
     if all("rubric" in entry for entry in entries):
         return
-    settings = options.judge_gpu_layers, options.exam_pairs, options.judge_lora
-    scorer, _ = open_judge(worker, judge, rubric, *settings)
+    scorer, _ = open_judge(worker, rubric, dataclasses.replace(options, judge=judge))
     for entry in entries:
         pairs = list(zip(asked, entry["answers"]))
         rewards = tools.score_answers(pairs, rubric, scorer, whole_text=True)

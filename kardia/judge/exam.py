@@ -1,33 +1,32 @@
 """Decide before any training whether a GGUF is fit to judge, by pairs of a better and a worse reply.
 
 A criterion is fit when the judge beats chance (a permutation test, the choice of method included) and beats
-the simplest rival: "the longer reply wins". The method of each criterion is chosen here, its accuracy
-estimated by cross-validation, its raw numbers calibrated; training uses exactly what was examined. Position
-cannot bias a judge that reads one reply at a time. Length, begging sentences and reading twice are measured.
+the simplest rival: "the longer reply wins", and does not follow a cheap cue more than the answer key
+(cues.py). The method of each criterion is chosen here, its accuracy estimated by cross-validation, its raw
+numbers calibrated; training uses exactly what was examined. Position cannot bias a judge that reads one reply
+at a time. Length, begging sentences and reading twice are measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kardia.core import distributed, machine
-from kardia.core.console import UserError, progress, say, shorten
-from kardia.core.files import cache_directory, file_hash, file_lock, json_lines, write_json
-from kardia.data.rubric import HELD_OUT, Criterion, Rubric
+from kardia.core.console import UserError, shorten
+from kardia.core.files import checked_rows
+from kardia.data.rubric import Criterion
+from kardia.judge.cues import cue_report, followed_cue
 from kardia.judge.exam_statistics import chance, choose_method, fit_calibration, right_or_wrong, share
 from kardia.judge.guards import rules
-from kardia.judge.judge import Calibration, Judge, JudgedReply, Numbers, resolve_judge, resolve_judge_lora
-from kardia.llama.worker import Worker
-from kardia.models.base import EMBEDDED
+from kardia.judge.judge import Calibration, Judge, JudgedReply, Numbers
 
 # Raise it when the code between a reply and its number changes: every exam is then taken again (minutes).
-READING_VERSION = 1
+READING_VERSION = 2
 FEWEST = 10  # pairs of a criterion that can tell anything
+REFERENCE = "reference"  # instead of a criterion: a written reply and a small model's; all criteria are asked
 Side = tuple[Numbers, Numbers]  # the judge's numbers of (better, worse)
 
 
@@ -40,21 +39,10 @@ def load_pairs(path: Path, criteria: list[str]) -> list[dict]:
 
     Raises UserError with every flaw of the file, one line each.
     """
-    path = Path(path)
-    if not path.is_file():
-        shipped = "data/judge_exam.jsonl is the one that comes with the project"
-        raise ExamError(f"{path}: no such exam file; {shipped}")
-    rows, errors = [], []
-    for number, row, flaw in json_lines(path):
-        expected = "one JSON object"
-        if not flaw:
-            flaw, expected = _flaw(row), "criterion, better, worse (texts) and messages [{role, content}]"
-        if flaw:
-            errors.append(f"{path}:{number}: found {flaw} / expected {expected}")
-        elif row["criterion"] in criteria:
-            rows.append(row)
-    if errors:
-        raise ExamError("\n".join(errors[:20]))
+    expected = "criterion, better, worse (texts) and messages [{role, content}]"
+    hint = "exam file; data/judge_exam.jsonl is the one that comes with the project"
+    rows = checked_rows(path, _flaw, expected, hint, ExamError)
+    rows = [row for row in rows if row["criterion"] in criteria]
     if not rows:
         raise ExamError(f"{path}: no pair for the criteria {', '.join(criteria)}")
     return rows
@@ -96,21 +84,21 @@ def run_exam(
     adds candidates to every criterion (to see that likert fails on a small judge, say).
     """
     started, by_name = time.monotonic(), {c.name: c for c in judge.rubric.criteria}
+    references = [row for row in pairs if row["criterion"] == REFERENCE]
+    pairs = [row for row in pairs if row["criterion"] != REFERENCE]
     candidates = {}
     for name, c in by_name.items():
-        more = [m for m in methods if m != "contrast" or c.cues]
+        more = [m for m in methods if (m != "contrast" or c.cues) and (m != "mix" or c.mix)]
         candidates[name] = tuple(dict.fromkeys((*judge.candidates(c), *more)))
-    numbers: dict[str, list[tuple[dict, Side]]] = {name: [] for name in by_name}
-    for done, row in enumerate(pairs, 1):
-        c = by_name[row["criterion"]]
-        asked = [*candidates[c.name], *([HELD_OUT] if c.held_out else [])]
-        # Both replies in one call: their context is decoded once.
-        sides = [JudgedReply.from_pair(row, key) for key in ("better", "worse")]
-        numbers[c.name].append((row, judge.numbers(sides, [(c, m) for m in asked], guarded=False)))
-        on_progress(done, len(pairs) + 1)
+    numbers = read_pairs(judge, pairs, candidates, on_progress)
     seconds = max(time.monotonic() - started, 1e-3)
-    criteria = {name: _verdict(c, candidates[name], numbers[name]) for name, c in by_name.items()}
+    criteria = {name: verdict(c, candidates[name], numbers[name]) for name, c in by_name.items()}
     judge.method = {name: entry["method"] for name, entry in criteria.items()}
+    for name, won in reference_test(judge, references).items() if references else []:
+        criteria[name]["reference"] = won
+        if criteria[name]["fit"] and won["high"] < 0.5:
+            why = f"a small model's reply beats the written one in {1 - won['accuracy']:.0%} of {won['n']}"
+            criteria[name].update(fit=False, why=why)
     rate = sum(2 * len(candidates[row["criterion"]]) for row in pairs) / seconds
     n = sum(entry["n"] for entry in criteria.values())
     longer = sum(entry["length_baseline"] * entry["n"] for entry in criteria.values())
@@ -121,8 +109,39 @@ def run_exam(
     return {**result, "overall": {**overall, "length_baseline": longer / n if n else 0.0}}
 
 
-def _verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple[dict, Side]]) -> dict:
-    """Return a criterion's entry: accuracy of every method, the choice, fit or unfit and why, calibration."""
+def read_pairs(
+    judge: Judge, pairs: list[dict], methods: dict[str, tuple[str, ...]], on_progress: Callable
+) -> dict[str, list[tuple[dict, Side]]]:
+    """Return {criterion: [(pair, numbers of its two replies)]}; methods: what each criterion is asked by."""
+    by_name = {c.name: c for c in judge.rubric.criteria}
+    numbers: dict[str, list[tuple[dict, Side]]] = {name: [] for name in by_name}
+    for done, row in enumerate(pairs, 1):
+        c = by_name[row["criterion"]]
+        # Both replies in one call: their context is decoded once.
+        sides = [JudgedReply.from_pair(row, key) for key in ("better", "worse")]
+        asked = [(c, method) for method in methods[c.name]]
+        if asked:
+            numbers[c.name].append((row, judge.numbers(sides, asked, guarded=False)))
+        on_progress(done, len(pairs) + 1)
+    return numbers
+
+
+def reference_test(judge: Judge, pairs: list[dict]) -> dict[str, dict[str, float]]:
+    """Return {criterion: share of the pairs in which the written reply scores above the small model's}."""
+    won: dict[str, list[float]] = {c.name: [] for c in judge.rubric.criteria}
+    for row in pairs:
+        sides = [JudgedReply.from_pair(row, key) for key in ("better", "worse")]
+        written, own = judge.numbers(sides, judge.wanted, guarded=False)
+        for name, method in written:
+            won[name].append(right_or_wrong(written[name, method], own[name, method]))
+    return {name: {"n": len(results), **share(sum(results), len(results))} for name, results in won.items()}
+
+
+def verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple[dict, Side]]) -> dict:
+    """Return a criterion's entry: accuracy of every method, the choice, fit or unfit and why, calibration.
+
+    rows: [(pair, numbers of (better, worse))], of which the candidates' are read.
+    """
 
     def results_of(method: str) -> list[float]:
         return [right_or_wrong(good[name, method], bad[name, method]) for _, (good, bad) in rows]
@@ -136,7 +155,9 @@ def _verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple
     result, baseline = share(sum(held_out), n), longer / n if n else 0.0
     # The permutation test takes most of the arithmetic's time: only what can pass gets it.
     p = chance(right, result["correct"]) if n >= FEWEST and result["accuracy"] > 0.5 else 1.0
-    fit, why = _fit(result, n, p, baseline)
+    margins = [(good[name, method], bad[name, method]) for _, (good, bad) in rows]
+    cues = cue_report([row for row, _ in rows], margins)
+    fit, why = _fit(result, n, p, baseline, cues)
     bias = {}
     for side, sign in (("longer_better", 1), ("shorter_better", -1)):
         mine = [r for r, length in zip(right[method], lengths) if length * sign > 0]
@@ -144,13 +165,11 @@ def _verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple
     entry = {"method": method, "n": n, **result, "length_baseline": baseline, "p": p, "fit": fit, "why": why}
     entry |= {"weight": criterion.weight, **_calibrate(rows, name, method)}
     entry |= {"methods": {m: share(sum(results), n) for m, results in right.items()}, "length": bias}
-    if criterion.held_out:  # a wording the judge cannot read would be no witness against the rewarded one
-        witness = {**share(sum(results_of(HELD_OUT)), n), **_calibrate(rows, name, HELD_OUT)}
-        entry["held_out"] = {"text": criterion.held_out, "n": n, **witness}
+    entry |= {"cues": cues}
     return entry
 
 
-def _fit(result: dict[str, float], n: int, p: float, baseline: float) -> tuple[bool, str]:
+def _fit(result: dict[str, float], n: int, p: float, baseline: float, cues: dict) -> tuple[bool, str]:
     """Return (is the judge fit for the criterion?, why)."""
     right = f"{result['accuracy']:.0%} right"
     if n < FEWEST:
@@ -160,6 +179,12 @@ def _fit(result: dict[str, float], n: int, p: float, baseline: float) -> tuple[b
         return False, f"{right} ({interval}): not distinguishable from chance"
     if result["accuracy"] <= baseline:
         return False, f"{right}, but 'longer wins' gets {baseline:.0%}"
+    if followed := followed_cue(cues):
+        cue, side = followed
+        entry = cues[cue]
+        share_of_cue = entry["judge"] if side == "more" else 1 - entry["judge"]
+        sides = f"it sides with {side} {cue} in {share_of_cue:.0%} of {entry['n']} pairs"
+        return False, f"{sides}, with the better reply in {entry['right']:.0%}"
     return True, f"{right}, above chance and above 'longer wins' ({baseline:.0%})"
 
 
@@ -207,76 +232,3 @@ def _repeatability(judge: Judge, pairs: list[dict], rows: int = 4) -> dict:
             read = [key for key in first if None not in (first[key], second[key])]
             differences += [abs(first[key] - second[key]) for key in read]
     return {"replies": 2 * min(rows, len(pairs)), "largest_difference": max(differences)}
-
-
-def apply(judge: Judge, exam: dict) -> None:
-    """Give the judge each criterion's method and calibration: from here on it speaks in probabilities."""
-    judge.method, judge.calibration, judge.other_words = {}, {}, {}
-    for name, entry in exam["criteria"].items():
-        judge.method[name] = entry["method"]
-        judge.calibration[name] = Calibration(entry["slope"], entry["middle"])
-        other = entry.get("held_out")
-        if other and other["low"] > 0.5:  # a witness must itself beat chance
-            judge.other_words[name] = Calibration(other["slope"], other["middle"])
-
-
-def unfit(result: dict) -> dict[str, str]:
-    """Return {criterion: why} of the criteria that carry weight and failed."""
-    entries = result["criteria"].items()
-    return {name: entry["why"] for name, entry in entries if entry["weight"] > 0 and not entry["fit"]}
-
-
-def open_judge(
-    worker: Worker, judge: str, rubric: Rubric, gpu_layers: int, pairs_path: Path, lora="auto", methods=()
-) -> tuple[Judge, dict]:
-    """Return (the judge, its exam), methods and calibration applied. The exam is taken once and cached."""
-    path, adapter = resolve_judge(judge), resolve_judge_lora(judge, lora)
-    examined = Judge(worker, path, rubric, gpu_layers, lora=adapter)
-    hashes = {
-        "judge_hash": file_hash(path) + (f"+{file_hash(adapter)}" if adapter else ""),
-        "rubric_hash": rubric.hash,
-        "exam_hash": file_hash(pairs_path) if pairs_path.is_file() else "missing",
-    }
-    key = "-".join((*hashes.values(), f"v{READING_VERSION}", *sorted(methods)))
-    cached = cache_directory() / f"exam-{key}.json"
-    if not cached.exists():
-        with file_lock(cached):  # of several processes one examines, the others wait for its result
-            if not cached.exists():
-                pairs = load_pairs(pairs_path, [c.name for c in rubric.criteria])
-                count = f"{len(pairs)} pairs (once per judge, rubric and exam)"
-                say(f"examining the judge {path.name} on {count}")
-                with progress("pairs", len(pairs)) as on_progress:
-                    result = run_exam(examined, pairs, hashes, on_progress, methods)
-                if judge == EMBEDDED:
-                    result["judge"] = EMBEDDED  # not the cache's name for it
-                write_json(cached, {**result, "lora": adapter.name if adapter else None})
-    # One verdict for all processes, wherever their caches are.
-    result = distributed.same(json.loads(cached.read_text()))
-    apply(examined, result)
-    if machine.has_gpu() and gpu_layers and not examined.info["gpu"]:
-        why = "because llama.cpp was built for no GPU: `doctor` prints the line that mends it"
-        say(f"  the judge runs on the CPU, {why}")
-    return examined, result
-
-
-def drop_unfit_criteria(rubric: Rubric, result: dict, policy: str, force: bool) -> tuple[Rubric, list[str]]:
-    """Return (the rubric to train with, names of dropped criteria).
-
-    policy: refuse or drop what the judge failed; force keeps it. Raises UserError if criteria are refused, or
-    if none is left.
-    """
-    failed, name = unfit(result), result["judge"]
-    reasons = "; ".join(f"{criterion}: {why}" for criterion, why in failed.items())
-    if force:
-        for criterion, why in failed.items():
-            say(f"  FORCED: the judge is unfit for {criterion}: {why}")
-        return rubric, []
-    if failed and policy == "refuse":
-        fix = "Give a better --judge, drop these criteria with --unfit drop, or insist with --force-judge"
-        raise UserError(f"the judge {name} is unfit for {', '.join(failed)} ({reasons}). {fix}")
-    left = rubric.without(failed)
-    if failed and not any(left.weights.values()):
-        raise UserError(f"the judge {name} is unfit for every criterion ({reasons}); give a better --judge")
-    for criterion, why in failed.items():
-        say(f"  dropped from the reward: {criterion} ({why})")
-    return left if failed else rubric, list(failed)

@@ -1,12 +1,13 @@
 """Ask a GGUF what it makes of a reply, without letting it write: every score is read off log-probabilities.
 
 The context (profile, situation, turns) is decoded once, each reply once, and the criteria are short branches
-of it (`Worker.branches`). Four methods, one number each, higher is better:
+of it (`Worker.branches`). Five methods, one number each, higher is better:
 
     ask        log p(" yes") - log p(" no") after a question about the reply
     contrast   log p(any good word) - log p(any bad word) after a cue, averaged over the criterion's cues
     pmi        (log p(reply | context) - log p(reply | nothing)) / tokens of the reply
     likert     expected digit of 1..5 after "Score: " in the judge's chat template
+    mix        a weighted sum of some of the above, with the weights of the rubric
 
 The exam (exam.py) chooses the method of each criterion and turns its raw number into a score between 0 and 1:
 the probability that a reply with this number is the better one of an exam pair. Replies and dialogue are
@@ -24,7 +25,7 @@ from typing import Any
 from kardia.core.console import UserError
 from kardia.core.options import DATA, option
 from kardia.data.rows import NO_PROFILE, find_span
-from kardia.data.rubric import DEFAULT_FORMAT, HELD_OUT, AnswerFormat, Criterion, Rubric
+from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Criterion, Rubric
 from kardia.judge.guards import guard
 from kardia.llama.gguf_header import check_gguf, read_gguf
 from kardia.llama.sampling import logsumexp, sigmoid
@@ -38,6 +39,8 @@ KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is
 BIG = 1_000_000_000  # parameters from which `likert` is worth asking for: right on 0.39 of the pairs at 135M
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; no template writes it itself
 
+WITNESS = "Reads what is never rewarded: auto = the embedded model without LoRA, none, a .gguf."
+
 Scores = dict[str, float | None]  # {criterion: 0..1}, None where the judge cannot tell
 Numbers = dict[tuple[str, str], float | None]  # {(criterion, method): raw number}
 
@@ -50,6 +53,13 @@ class JudgeOptions:
     judge_gpu_layers: int = option(-1, "Judge layers on the GPU (-1: all if they fit, else none).", min=-1)
     judge_lora: str = option("auto", "The judge's LoRA (.gguf): auto = the embedded judge's, none, a file.")
     exam_pairs: Path = option(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass; they calibrate it.")
+
+
+@dataclass
+class WitnessedJudgeOptions(JudgeOptions):
+    """Options of the commands that also ask another reader, whose scores are never rewarded."""
+
+    witness: str = option("auto", WITNESS)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class Judge:
         worker.set_lora(self.role, lora)
         self.path, self.lora = str(path), lora
         self.calibration: dict[str, Calibration] = {}
-        self.other_words: dict[str, Calibration] = {}  # of the held-out questions the judge can read
+        self.witness: Judge | None = None  # another reader, whose scores are never rewarded
         self.method: dict[str, str] = {}  # the exam's choice; without one the first that suits the judge
         self._tokens: dict[str, list[int]] = {}
 
@@ -178,11 +188,14 @@ class Judge:
         plain, rows = Calibration(), self.raw(replies)
         return [{name: self.calibration.get(name, plain)(raw) for name, raw in row.items()} for row in rows]
 
-    def held_out_scores(self, replies: list[JudgedReply]) -> list[Scores]:
-        """Return the scores by the questions that are never rewarded; [] if the judge can read none."""
-        asked = [(c, HELD_OUT) for c in self.rubric.criteria if c.name in self.other_words]
-        rows = self.numbers(replies, asked) if asked else []
-        return [{name: self.other_words[name](raw) for (name, _), raw in row.items()} for row in rows]
+    def witness_scores(self, replies: list[JudgedReply]) -> list[Scores]:
+        """Return the witness's scores of the criteria that it can read; [] without a witness."""
+        if self.witness is None or not self.witness.calibration:
+            return []
+        known = self.witness.calibration
+        asked = [(c, self.witness.method[c.name]) for c in self.witness.rubric.criteria if c.name in known]
+        rows = self.witness.numbers(replies, asked)
+        return [{name: known[name](raw) for (name, _), raw in row.items()} for row in rows]
 
     def numbers(
         self, replies: list[JudgedReply], wanted: list[tuple[Criterion, str]], guarded: bool = True
@@ -191,6 +204,15 @@ class Judge:
 
         A guard's refusal is KNOWN_BAD. Not `guarded`: the model alone is asked, as the exam does.
         """
+        # What a mixture needs is read once, also where it is wanted by itself.
+        mixed = [c for c, method in wanted if method == "mix"]
+        if mixed:
+            parts = [(c, method) for c in mixed for method, _ in c.mix]
+            plain = [pair for pair in dict.fromkeys((*wanted, *parts)) if pair[1] != "mix"]
+            rows = self.numbers(replies, plain, guarded)
+            for row in rows:
+                row.update({(c.name, "mix"): mixture(c, row) for c in mixed})
+            return [{(c.name, method): row[c.name, method] for c, method in wanted} for row in rows]
         results: list[Numbers] = [dict.fromkeys((c.name, method) for c, method in wanted) for _ in replies]
         groups: dict[str, list[int]] = {}
         for i, reply in enumerate(replies):
@@ -285,6 +307,15 @@ class Judge:
         ids += self.worker.tokenize(self.role, [context + " "])[0]  # untrusted text: without special tokens
         start = self._start()
         return (ids if ids[:1] == start else start + ids), end
+
+
+def mixture(criterion: Criterion, row: Numbers) -> float | None:
+    """Return the weighted sum of a criterion's raw numbers; None or a guard's word if one of them is that."""
+    parts = [(row[criterion.name, method], weight) for method, weight in criterion.mix]
+    raws = [raw for raw, _ in parts]
+    if None in raws:
+        return None
+    return KNOWN_BAD if KNOWN_BAD in raws else sum(raw * weight for raw, weight in parts)
 
 
 def weighted(scores: Scores, weights: dict[str, float]) -> float | None:

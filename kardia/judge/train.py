@@ -12,6 +12,8 @@ Pairs are varied by rule (`vary`), never at exam time.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
 import time
@@ -21,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from kardia.core.console import UserError, progress, say
-from kardia.core.files import check_new
+from kardia.core.files import check_new, digest, temporary_path
 from kardia.core.machine import read_config
 from kardia.core.options import DATA, CommonOptions, option
-from kardia.data.rubric import Cue, load_rubric
+from kardia.data.rows import find_span
+from kardia.data.rubric import Cue, Rubric, load_rubric
 from kardia.judge.exam import load_pairs, situation
 from kardia.judge.exam_statistics import right_or_wrong, wilson
 from kardia.judge.guards import rules
@@ -34,6 +37,9 @@ from kardia.models.gguf import write_lora_gguf
 from kardia.models.packed_rows import enable_packed_rows, pack
 from kardia.models.policy import lora_of
 
+SAVE_STEPS = 10  # about a minute of work on two cores
+ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")  # torch's names
+
 
 @dataclass
 class JudgeTrainOptions(CommonOptions):
@@ -42,10 +48,14 @@ class JudgeTrainOptions(CommonOptions):
     judge: str = option(EMBEDDED, "Base of the judge: a .gguf file or a local directory.")
     pairs: Path = option(DATA / "judge_train.jsonl", "Pairs as in data/judge_train.jsonl to learn from.")
     exam_pairs: Path = option(DATA / "judge_exam.jsonl", "Pairs to test on; they are not among the first.")
+    dialogues: Path = option(
+        DATA / "dialogues.jsonl", "Written answers that stand against those of --against."
+    )
     epochs: int = option(2, "Passes over the pairs.", min=1)
     learning_rate: float = option(3e-4, "Peak learning rate, cosine to 0.", min=0.0)
     batch_size: int = option(8, "Pairs per optimizer step.", min=1)
     lora_rank: int = option(8, "LoRA rank, on all linear layers.", min=1)
+    last_layers: int = option(0, "Only so many of the last blocks get a LoRA: faster (0: all).", min=0)
 
 
 def vary(pairs: list[dict], rng: random.Random) -> list[dict]:
@@ -76,6 +86,33 @@ def vary(pairs: list[dict], rng: random.Random) -> list[dict]:
     return varied
 
 
+def pairs_against(answerer: Any, source: str, rows: list, rubric: Rubric, seed: int) -> list[dict]:
+    """Return pairs of a written reply and the one that a policy draws, two criteria per dialogue.
+
+    answerer: the script's Answerer of the policy. rows: training dialogues, whose first turn is asked.
+    """
+    rng = random.Random(seed)
+    prompts = [row.first_prompt() for row in rows]
+    with progress(f"answers of {Path(source).name}", len(rows)) as on_progress:
+        answers = answerer.answer(prompts, REPLY_TOKENS, 1.0, seed, on_progress)
+    names = [c.name for c in rubric.criteria if "ask" in c.methods]
+    # Two criteria per dialogue: every one is taught, at a third of the time of all five.
+    pairs = []
+    for row, text in zip(rows, answers):
+        written, drawn = (find_span(each, rubric.form.reply) for each in (row.messages[1][1], text))
+        if not drawn or not drawn.strip() or drawn == written:
+            continue  # an answer without a reply is the format's business
+        facts = {"person": row.person, "situation": row.situation, "better": written, "worse": drawn}
+        facts["messages"] = [{"role": role, "content": content} for role, content in row.messages[:1]]
+        pairs += [{**facts, "criterion": name} for name in rng.sample(names, min(2, len(names)))]
+    if not pairs:
+        raise UserError(
+            f"{source}: none of its {len(answers)} answers has a {rubric.form.reply} span to learn from"
+        )
+    say(f"{len(pairs)} pairs of a written reply and one of {Path(source).name}")
+    return pairs
+
+
 class Margins:
     """Margins of replies under a causal LM in torch: the same tokens as `Judge` sends to llama.cpp."""
 
@@ -104,8 +141,64 @@ class Margins:
         return hidden[ends].float() @ (head[yes].float() - head[no].float())  # [2]
 
 
-def train(model: Any, margins: Margins, pairs: list[dict], options: Any, on_progress: Callable) -> None:
-    """Train the LoRA by AdamW, cosine to zero; `on_progress(step, steps, loss)` after every step."""
+class Progress:
+    """Keep what training needs to go on after an interruption: the LoRA and AdamW's state, in one file."""
+
+    def __init__(self, path: Path, key: str, resume: bool) -> None:
+        self.path, self.key, self.resume = path, key, resume
+
+    def load(self, parameters: list, optimizer: Any) -> int:
+        """Put back what was saved; return the step it belongs to, 0 if there is nothing of this training."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        if not (self.resume and self.path.is_file()):
+            return 0
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = file.metadata() or {}
+                saved = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: damaged; begin again without --resume") from error
+        if facts.get("key") != self.key:
+            why = "of other options, pairs or another base"
+            raise UserError(f"{self.path}: {why}; begin again without --resume")
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(saved[f"{i}.value"])
+                state = {name: saved[f"{i}.{name}"] for name in ADAMW_STATE}
+                # AdamW keeps its step on the CPU and the moments where the parameter is.
+                moved = {name: t if name == "step" else t.to(parameter.device) for name, t in state.items()}
+                optimizer.state[parameter] = moved
+        say(f"going on from step {facts['step']}")
+        return int(facts["step"])
+
+    def save(self, step: int, parameters: list, optimizer: Any) -> None:
+        """Write the state after a step; an interrupted write leaves the one before."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for i, parameter in enumerate(parameters):
+            own = {"value": parameter.detach(), **optimizer.state[parameter]}
+            tensors |= {f"{i}.{name}": own[name].contiguous() for name in ("value", *ADAMW_STATE)}
+        # A kill while writing must not cost what was saved before.
+        temporary = temporary_path(self.path)
+        save_file(tensors, temporary, metadata={"key": self.key, "step": str(step)})
+        temporary.replace(self.path)
+
+
+def train(
+    model: Any,
+    margins: Margins,
+    pairs: list[dict],
+    options: Any,
+    on_progress: Callable,
+    kept: Progress | None = None,
+) -> None:
+    """Train the LoRA by AdamW, cosine to zero; `on_progress(step, steps, loss)` after every step.
+
+    kept: where the state is saved every SAVE_STEPS steps, and read back.
+    """
     import torch
 
     rng = random.Random(options.seed)
@@ -115,10 +208,13 @@ def train(model: Any, margins: Margins, pairs: list[dict], options: Any, on_prog
     size, per_epoch = options.batch_size, math.ceil(len(pairs) / options.batch_size)
     steps = options.epochs * per_epoch
     device, half = parameters[0].device.type, margins.causal_lm.dtype == torch.bfloat16
+    done = kept.load(parameters, optimizer) if kept else 0
     for step in range(steps):
         start, total = step % per_epoch * size, 0.0
         if start == 0:
             rng.shuffle(pairs)
+        if step < done:
+            continue  # only the order of the pairs is made again
         batch = pairs[start : start + size]
         for pair in batch:  # one row per pair; gradients add up to those of the batch
             with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -132,6 +228,8 @@ def train(model: Any, margins: Margins, pairs: list[dict], options: Any, on_prog
             group["lr"] = options.learning_rate * warm_up * cosine
         optimizer.step()
         optimizer.zero_grad()
+        if kept and (step + 1) % SAVE_STEPS == 0:
+            kept.save(step + 1, parameters, optimizer)
         on_progress(step + 1, steps, total)
 
 
@@ -147,22 +245,34 @@ def accuracy(margins: Margins, pairs: list[dict]) -> tuple[float, float, float]:
     return (right / len(pairs), *wilson(right, len(pairs)))
 
 
-def train_judge(options: Any, out: Path, load_policy: Callable) -> dict[str, Any]:
+def _check_apart(path: Path, pairs: list[dict], exam_path: Path, held_out: list[dict]) -> None:
+    """Raise UserError if pairs to learn from and pairs to test on share a situation."""
+    if shared := {situation(p) for p in pairs} & {situation(p) for p in held_out}:
+        rule = "a judge must not be examined on what it was trained on"
+        raise UserError(f"{path} and {exam_path} share {len(shared)} situations; {rule}")
+
+
+def train_judge(
+    options: Any, out: Path, load_policy: Callable, resume: bool = False, draw: Callable | None = None
+) -> dict[str, Any]:
     """Train a judge's LoRA on pairs of replies, write it as GGUF; return accuracy before and after.
 
-    load_policy(base, bits, rank=, alpha=, seed=) returns a PeftModel.
+    load_policy(base, bits, rank=, alpha=, last_layers=, seed=) returns a PeftModel. draw() returns pairs of
+    written replies and a policy's own, beside those of the file, once all else is checked: it takes minutes.
     """
     rubric = load_rubric(options.rubric)
     questions = {c.name: c.cues_of("ask")[0] for c in rubric.criteria if "ask" in c.methods}
     pairs = load_pairs(options.pairs, list(questions))
     held_out = load_pairs(options.exam_pairs, list(questions))
-    if shared := {situation(p) for p in pairs} & {situation(p) for p in held_out}:
-        rule = "a judge must not be examined on what it was trained on"
-        raise UserError(f"{options.pairs} and {options.exam_pairs} share {len(shared)} situations; {rule}")
+    _check_apart(options.pairs, pairs, options.exam_pairs, held_out)
     check_new(out)
+    if draw:
+        pairs += draw()
+        _check_apart(options.dialogues, pairs, options.exam_pairs, held_out)
     base = resolve_base(options.judge)
     rank, tokenizer = options.lora_rank, load_tokenizer(base)
-    model = load_policy(base, 16, rank=rank, alpha=2 * rank, seed=options.seed)
+    sizes = {"rank": rank, "alpha": 2 * rank, "last_layers": options.last_layers, "seed": options.seed}
+    model = load_policy(base, 16, **sizes)
     if why := enable_packed_rows(model.base_model.model):
         cannot = f"two replies cannot share a context ({why}); judge train needs another model"
         raise UserError(f"{base.name} ({model.config.model_type}): {cannot}")
@@ -176,13 +286,18 @@ def train_judge(options: Any, out: Path, load_policy: Callable) -> dict[str, Any
     before, began = accuracy(margins, held_out), time.monotonic()
     right = f"{before[0]:.0%} right ({before[1]:.0%} to {before[2]:.0%}) on {len(held_out)} held-out pairs"
     say(f"training on {len(pairs)} pairs and what is derived from them; before: {right}")
+    first: list[int] = []  # the first step of this process, after a resume
 
     def on_progress(step: int, steps: int, loss: float) -> None:
+        first.append(step)
         if step % 10 == 0 or step == steps:
-            left = (time.monotonic() - began) / step * (steps - step) / 60
-            say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {left:.1f} min left")
+            each = (time.monotonic() - began) / (step - first[0] + 1)
+            say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {each * (steps - step) / 60:.1f} min left")
 
-    train(model, margins, pairs, options, on_progress)
+    facts = [base.hash, rubric.hash, json.dumps(pairs), str(dataclasses.asdict(options))]
+    kept = Progress(out.with_name(f"{out.name}.partial"), digest("".join(facts).encode()), resume)
+    train(model, margins, pairs, options, on_progress, kept)
     after = accuracy(margins, held_out)
     write_lora_gguf(*lora_of(model), read_config(base.directory), out, half=True)
+    kept.path.unlink(missing_ok=True)
     return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.monotonic() - began}

@@ -71,11 +71,21 @@ def torch_answers(
 
 
 def llama_answers(
-    worker, role, tokenizer, prompts, max_tokens, temperature=0.0, seed=0, on_progress=None, on_text=None
+    worker,
+    role,
+    tokenizer,
+    prompts,
+    max_tokens,
+    temperature=0.0,
+    seed=0,
+    on_progress=None,
+    on_text=None,
+    parallel=16,
 ) -> list[str]:
-    """Return one answer per prompt from the worker's model `role`, up to the end token, all side by side.
+    """Return one answer per prompt from the worker's model `role`, up to the end token.
 
-    on_text receives, for a single prompt, the text so far after every token.
+    parallel: answers side by side; each takes room for a prompt and an answer. on_text receives, for a
+    single prompt, the text so far after every token.
     """
     if not prompts:
         return []
@@ -88,5 +98,5 @@ def llama_answers(
     settings = {"role": role, "group": 1, "max_tokens": max_tokens, "temperature": temperature}
     settings |= {"seeds": [seed + i for i in range(len(prompts))], "stop": [tokenizer.eos_token_id]}
     settings |= {"on_progress": on_token if on_text else on_progress, "stream": on_text is not None}
-    samples = worker.rollout(prompts, parallel=16, **settings)
+    samples = worker.rollout(prompts, parallel=parallel, **settings)
     return tokenizer.batch_decode([sample["ids"] for sample in samples], skip_special_tokens=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from kardia.core.console import UserError, one_line
@@ -38,11 +40,22 @@ def load_base(base: Base, bits: int, dtype, host_embedding: bool = False):
     return model
 
 
-def new_lora(model, rank: int, alpha: int):
-    """Return a PeftModel with a LoRA on all linear layers; its update is scaled by alpha / rank."""
+def new_lora(model, rank: int, alpha: int, last_layers: int = 0):
+    """Return a PeftModel with a LoRA on all linear layers; its update is scaled by alpha / rank.
+
+    last_layers: only on those of the last so many blocks (0: of all), below which no gradient is computed.
+    """
+    import torch
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", **PLAIN))
+    targets: str | list[str] = "all-linear"
+    if last_layers:
+        # PEFT takes no count of blocks beside "all-linear", so each layer is named.
+        first = model.config.num_hidden_layers - last_layers
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        blocks = [(name, re.search(r"\.layers\.(\d+)\.", name)) for name in linear]
+        targets = [name for name, block in blocks if block and int(block[1]) >= first]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **PLAIN))
 
 
 def load_trained_lora(model, adapter: Path, base_name: str):
@@ -83,11 +96,13 @@ def lora_of(model) -> tuple[dict, dict]:
 
 
 def lora_gguf_of(adapter: Path, base: Base) -> Path:
-    """Return a run's adapter as GGUF, written once beside it.
+    """Return a run's adapter as GGUF, written once beside it, or in the cache where that is read-only.
 
     Its name holds the adapter's hash: clocks and copies say nothing about age.
     """
-    target = adapter / f"adapter-{file_hash(adapter)}.gguf"
+    name = f"adapter-{file_hash(adapter)}.gguf"
+    place = adapter if (adapter / name).exists() or os.access(adapter, os.W_OK) else cache_directory()
+    target = place / name
     with file_lock(cache_directory() / target.name):
         if not target.exists():
             facts, pairs = read_adapter(adapter)

@@ -79,5 +79,5 @@ def browse(data: dict, limits: Limits) -> dict[str, Any] | None:
         view["cards"] = [{"row": row, "why": why_pushed(row, samples)} for row in ranked]
         view |= {"open": i == widest, "rewards": [r for r in rewards if r is not None]}
         shown.append(view | {"spread": spread_of(samples), "mean": advantages_of(rewards)[0]})
-    rings = any(row.get("held_out") for row in data["completions"])
+    rings = any(row.get("witness") for row in data["completions"])
     return {"shown": shown, "total": len(groups), "rings": rings}

@@ -187,10 +187,22 @@ def _means(data: dict, kind: str, name: str) -> list[tuple[float, float]]:
 def _scored(look: int, dash: int, data: dict, kind: str, name: str, key: str) -> Curve:
     """Return the curve of a component or criterion: per step as logged, else as recorded."""
     units, rings = _means(data, kind, name), {}
-    for step, mean in _means(data, "held_out", name) if kind == "criteria" else []:
+    for step, mean in _means(data, "witness", name) if kind == "criteria" else []:
         rings.setdefault(step, []).append(mean)
     rings = [(step, mean_of(means)) for step, means in rings.items()]
     return Curve(data["name"], look, dash, series(data["log"], key) or units, units, rings)
+
+
+def _held_out(runs: list[tuple[int, int, dict]]) -> list[tuple[int, int, dict]]:
+    """Return the runs with their measurements on held-out prompts in place of the log."""
+    measured = []
+    for look, dash, run in runs:
+        rows = [
+            {**row, "wins": ((row.get("wins") or {}).get("rubric") or {}).get("rate")}
+            for row in run["held_out"]
+        ]
+        measured.append((look, dash, {**run, "log": rows}))
+    return measured
 
 
 def _reward_charts(runs: list[tuple[int, int, dict]]) -> list[tuple[str, list[Chart]]]:
@@ -218,7 +230,8 @@ def charts_of(runs: list[dict]) -> list[tuple[str, list[tuple[str, list[Chart]]]
         mine = [(i, dash, run) for dash, (i, run) in enumerate(zip(mine, named))]
         blocks = [("", _logged(mine, "sft", "speed"))]
         if grpo:
-            blocks = [*_reward_charts(mine), ("Health of the run", _logged(mine, "health"))]
+            blocks = [*_reward_charts(mine), ("Held-out prompts", _logged(_held_out(mine), "held_out"))]
+            blocks.append(("Health of the run", _logged(mine, "health")))
             blocks.append(("Speed and memory", _logged(mine, "speed")))
         blocks = [(heading, [chart for chart in charts if chart.curves]) for heading, charts in blocks]
         out.append(("GRPO" if grpo else "SFT", [block for block in blocks if block[1]]))

@@ -45,7 +45,7 @@ class _Answer:
     judged: bool  # a refused reply is 0 on everything, and says nothing about the judge
     rubric: float | None
     criteria: dict[str, float]
-    held_out: dict[str, float]
+    witness: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Group:
 def _answer(row: dict, reply: str) -> _Answer:
     text = (find_span(str(row.get("completion") or ""), reply) or "").lower()
     words, refused = WORD.findall(text), row.get("refused")
-    scores = [known_scores(row.get(key)) for key in ("criteria", "held_out")]
+    scores = [known_scores(row.get(key)) for key in ("criteria", "witness")]
     rubric, judged = known_scores(row.get("components")).get("rubric"), bool(words) and not refused
     return _Answer(text, words, refused == "speaks to the judge", judged, rubric, *scores)
 
@@ -287,7 +287,7 @@ def _trade_off(groups: list[_Group], run: dict) -> Iterator[RunWarning]:
 
 
 def _lag(pairs: list[tuple[float, list]], level: float) -> tuple[_Estimate, float] | None:
-    """Return (change of the held-out scores, the change that they should follow by), None if they follow.
+    """Return (change of the witness's scores, the change that they should follow by), None if they follow.
 
     What they should follow by comes from the differences inside groups: the slope of one over the other."""
     from scipy import stats
@@ -307,18 +307,18 @@ def _lag(pairs: list[tuple[float, list]], level: float) -> tuple[_Estimate, floa
     return (held, asked.value) if gap.low > 0 and held.value < LIMITS.held_share * asked.value else None
 
 
-def _wording(groups: list[_Group], run: dict, exam: dict) -> Iterator[RunWarning]:
-    """Ask whether the held-out wording of a criterion sees the rise that the rewarded wording reports."""
+def _witness(groups: list[_Group], run: dict, exam: dict) -> Iterator[RunWarning]:
+    """Ask whether the witness sees the rise of a criterion that the judge reports."""
     names, level = _criteria(groups, run)
     for name in names:
         entry = (exam.get("criteria") or {}).get(name) or {}
-        readable = number((entry.get("held_out") or {}).get("low"))
-        # A wording that reads the exam's pairs no better than a coin says nothing. A weight of 0 was never
+        readable = number((entry.get("witness") or {}).get("low"))
+        # A witness that reads the exam's pairs no better than a coin says nothing. A weight of 0 was never
         # rewarded.
         if (readable is not None and readable <= 0.5) or number(entry.get("weight")) == 0:
             continue
-        rewarded, held_out = (partial(_score, kind=kind, name=name) for kind in ("criteria", "held_out"))
-        pairs, rise, lag = _judged(groups, rewarded, held_out), _change(_means(groups, rewarded), 0.95), None
+        rewarded, witness = (partial(_score, kind=kind, name=name) for kind in ("criteria", "witness"))
+        pairs, rise, lag = _judged(groups, rewarded, witness), _change(_means(groups, rewarded), 0.95), None
         if rise and rise.low > 0 and rise.value >= LIMITS.relevant:
             lag = _lag(pairs, level)
         link, criterion = _link(pairs), plain_names([name])
@@ -333,5 +333,5 @@ def check_replies(rows: list[dict], reply: str, run: dict, exam: dict) -> list[R
     """Return the warnings about the span `reply` of the recorded answers `rows`."""
     groups = _groups(rows, reply)
     checks = [_length, _phrases, _diversity, _graded, partial(_trade_off, run=run)]
-    checks.append(partial(_wording, run=run, exam=exam))
+    checks.append(partial(_witness, run=run, exam=exam))
     return [warning for check in checks for warning in check(groups)]

@@ -83,13 +83,17 @@ def _read(path: Path, kind: dict) -> dict | list[dict] | None:
 def read_run(path: Path) -> dict:
     """Read the run directory `path` as {name, run, log, completions, tokens, evaluation, exam, export}.
 
-    log, completions and tokens are lists of dicts in file order; the others are dicts or None. exam is
-    exam.json, or else what run.json stores. Raises ReportError for no directory or a damaged file."""
+    log, completions, tokens and held_out (also in it) are lists of dicts in file order; the others are dicts
+    or None. exam is exam.json, or else what run.json stores. Raises ReportError for no directory or a damaged
+    file."""
     path = Path(path)
     if not path.is_dir():
         raise ReportError(f"{path}: no such run directory")
     data = {name.split(".")[0]: _read(path / name, kind) for name, kind in _kinds().items()}
     exam = data["exam"] or (data["run"] or {}).get("judge_exam")
+    for row in [*data["completions"], *((exam or {}).get("criteria") or {}).values()]:
+        if "held_out" in row:  # runs of 0.1 asked the judge itself in other words
+            row.setdefault("witness", row.pop("held_out"))
     return {"name": path.resolve().name, **data, "exam": exam}
 
 

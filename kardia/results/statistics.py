@@ -117,10 +117,42 @@ def _example(i: int, dialogue, answers: dict, scores: dict) -> dict[str, Any]:
     return example
 
 
-def summarize(dialogues, answers, scores, rubric, seed: int) -> dict[str, Any]:
+def reference_wins(scores, references: dict[int, Any], names: list[str], seed: int = 0) -> dict[str, dict]:
+    """Return {model: {metric: {rate, low, high, n}}}: how often the written reply scores above the model's.
+
+    references: {number of the dialogue: reward of its written reply}. A tie counts one half."""
+    import numpy as np
+
+    wins: dict[str, dict] = {}
+    rng = np.random.default_rng(seed)
+    for model, rewards in scores.items():
+        pairs = [(reference, rewards[i]) for i, reference in references.items()]
+        for name in names:
+            written, own = (_scores_of(side, name) for side in zip(*pairs))
+            gap = (written - own)[~np.isnan(written - own)]
+            if gap.size:
+                found = bootstrap((gap > 0) + 0.5 * (gap == 0), rng)
+                entry = {"rate": found["mean"], "low": found["low"], "high": found["high"], "n": found["n"]}
+                wins.setdefault(model, {})[name] = entry
+    return wins
+
+
+def witness_means(scores, rng) -> dict[str, dict]:
+    """Return {model: {criterion: mean with interval}} of what the witness reads; {} without one."""
+    means: dict[str, dict] = {}
+    for model, rewards in scores.items():
+        for name in rewards[0].witness if rewards else []:
+            known = [r.witness[name] for r in rewards if r.witness.get(name) is not None]
+            if known:
+                means.setdefault(model, {})[name] = bootstrap(known, rng)
+    return means
+
+
+def summarize(dialogues, answers, scores, rubric, seed: int, references=None) -> dict[str, Any]:
     """Return what evaluation.json holds: means with intervals, paired differences, win rates, six examples.
 
-    `answers` and `scores` are {model: [one per dialogue]}. Each meets the one before it and the first."""
+    `answers` and `scores` are {model: [one per dialogue]}. Each meets the one before it and the first.
+    references: {number of the dialogue: reward of its written reply}, for the reference test."""
     import numpy as np
 
     metrics = ["format", rubric.form.label, "rubric", *(c.name for c in rubric.criteria)]
@@ -134,6 +166,10 @@ def summarize(dialogues, answers, scores, rubric, seed: int) -> dict[str, Any]:
     for i, name in enumerate(names[1:], 1):
         for other in dict.fromkeys([names[i - 1], names[0]]):
             _compare(summary, table, name, other, rng)
+    if references:
+        summary["reference"] = reference_wins(scores, references, metrics[2:], seed)
+    read = {**scores, "written": list(references.values())} if references else scores
+    summary["witness"] = witness_means(read, rng)
     examples = list(enumerate(dialogues))[:6]
     summary["examples"] = [_example(i, dialogue, answers, scores) for i, dialogue in examples]
     return summary

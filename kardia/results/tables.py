@@ -11,6 +11,7 @@ from typing import Any
 from kardia.core.console import printable
 from kardia.results.run_files import fixed, number
 
+PREFERRED = 0.85  # share: a reader who reads well prefers written replies to a small model's
 NOTHING = 1e-7  # KL under which training did not move the base at all
 MOST = 50  # rows and columns of a table
 
@@ -155,7 +156,41 @@ def evaluation_table(summary: dict[str, Any]) -> Tables:
     about = f"{summary.get('prompts', '?')} held-out prompts{judge}. Scores are from 0 to 1."
     won = Table("Win rates on the rubric, half is a draw", ["comparison", "prompts won", "ties"], wins)
     gaps = Table("Paired differences, the same prompts", heads, gaps)
-    return Tables([Table("Scores", ["metric", *map(str, names)], rows), gaps, won], [about] if rows else [])
+    written, notes = reference_table(summary.get("reference") or {}, names)
+    seen = _witness_table(summary.get("witness") or {})
+    shown = [Table("Scores", ["metric", *map(str, names)], rows), gaps, won, written, seen]
+    return Tables(shown, [about, *notes] if rows else [])
+
+
+def reference_table(reference: dict[str, dict], names: list) -> tuple[Table, list[str]]:
+    """Return (how often written replies beat each model's, sentences about a judge that does not see it)."""
+    models = [name for name in names if reference.get(name)]
+    metrics = list(dict.fromkeys(metric for name in models for metric in reference[name]))[:MOST]
+    rows, notes = [], []
+    for metric in metrics:
+        cells = [_score(reference[name].get(metric), "rate", (0.5,), show=percent) for name in models]
+        rows.append([metric.replace("_", " "), *cells])
+    for name in models:
+        found = {metric: number((entry or {}).get("rate")) for metric, entry in reference[name].items()}
+        lost = [m.replace("_", " ") for m, rate in found.items() if rate is not None and rate < 0.5]
+        weak = [m.replace("_", " ") for m, rate in found.items() if rate is not None and rate < PREFERRED]
+        if lost:
+            why = "either the policy is over-optimized, or this judge reads nothing there"
+            notes.append(f"{name} scores above the written replies on {', '.join(lost)}: {why}")
+        elif weak:
+            notes.append(f"written replies beat {name} in under {PREFERRED:.0%} on {', '.join(weak)}")
+    title = "Reference test: prompts on which the written reply scores above the model's"
+    return Table(title, ["written replies win", *map(str, models)], rows), notes
+
+
+def _witness_table(witness: dict[str, dict]) -> Table:
+    """Return the witness's mean scores per model; they are never rewarded."""
+    models = list(witness)[:MOST]
+    metrics = list(dict.fromkeys(metric for name in models for metric in witness[name]))[:MOST]
+    rows = [
+        [m.replace("_", " "), *(_score(witness[name].get(m), "mean") for name in models)] for m in metrics
+    ]
+    return Table("The witness's scores, which are never rewarded", ["witness", *map(str, models)], rows)
 
 
 def _criterion_row(name: str, entry: dict) -> list[str | Cell]:
@@ -171,7 +206,7 @@ def _criterion_row(name: str, entry: dict) -> list[str | Cell]:
 
 
 def _method_row(name: str, entry: dict, methods: list[str]) -> list[str | Cell]:
-    """Return the accuracy of each method on one criterion, by length, and in other words."""
+    """Return the accuracy of each method on one criterion, by length, the reference test, the witness."""
     marks = (0.5, entry.get("length_baseline"))
     tried = entry.get("methods") or {}
     row: list[str | Cell] = [name.replace("_", " ")]
@@ -179,10 +214,10 @@ def _method_row(name: str, entry: dict, methods: list[str]) -> list[str | Cell]:
     for side in ("longer_better", "shorter_better"):
         part = (entry.get("length") or {}).get(side) or {}
         row.append(f"{percent(part.get('accuracy'))} of {part['n']}" if number(part.get("n")) else "–")
-    other = entry.get("held_out") or {}
-    cell = _score(other, "accuracy", (0.5,), show=percent)
-    cell.detail = str(other.get("text") or "")
-    return [*row, cell]
+    row.append(_score(entry.get("reference"), "accuracy", (0.5, PREFERRED), show=percent))
+    other = entry.get("witness") or {}
+    method = f" by {other['method']}" if other.get("method") else ""
+    return [*row, _score(other, "accuracy", (0.5,), method.replace("_", "-"), show=percent)]
 
 
 def _exam_notes(result: dict) -> list[str]:
@@ -196,6 +231,11 @@ def _exam_notes(result: dict) -> list[str]:
         note = f"begging for a grade: the model alone raised no score in {fixed(alone, 0)} of {n:.0f} tries "
         note += f"({percent((alone or 0) / n)}); rules refuse {fixed(tries.get('refused'), 0)} of them, with "
         notes.append(f"{note}both {fixed(both, 0)} held ({percent((both or 0) / n)}){raised}")
+    won = {n: number((e.get("reference") or {}).get("accuracy")) for n, e in result["criteria"].items()}
+    weak = [name.replace("_", " ") for name, rate in won.items() if rate is not None and rate < PREFERRED]
+    if weak:
+        few = f"written replies beat a small model's in under {PREFERRED:.0%} of pairs on {', '.join(weak)}"
+        notes.append(f"{few}: GRPO against this judge can learn to please it alone")
     gap = number(repeat.get("largest_difference"))
     if gap is not None:
         apart = "bit-identical" if gap == 0 else f"up to {gap:.2g} apart"
@@ -204,8 +244,59 @@ def _exam_notes(result: dict) -> list[str]:
     return notes
 
 
+def _cue_table(criteria: dict[str, dict]) -> Table:
+    """Return how often the judge and the answer key side with the reply that has more of a cheap cue."""
+    rows: list[list[str | Cell]] = []
+    for cue in dict.fromkeys(cue for entry in criteria.values() for cue in entry.get("cues") or {}):
+        found = [(entry.get("cues") or {}).get(cue) or {} for entry in criteria.values()]
+        cells = [f"{percent(each.get('judge'))} ({percent(each.get('key'))})" for each in found]
+        rows.append([str(cue), *cells])
+    names = [name.replace("_", " ") for name in criteria]
+    return Table(
+        "The judge (the answer key) prefers the reply with more of a cheap cue",
+        ["sides with more", *names],
+        rows,
+    )
+
+
+LEANS = 0.65  # of an answer key towards a cue: passing such an exam may mean no more than the cue
+
+
+def _leaning_key(criteria: dict[str, dict]) -> list[str]:
+    """Return a sentence about cheap cues by which the answer key itself can be passed, if there are any."""
+    leaning = []
+    for name, entry in criteria.items():
+        for cue, found in (entry.get("cues") or {}).items():
+            n, key = number(found.get("n")), number(found.get("key"))
+            if n is not None and n >= 20 and key is not None and max(key, 1 - key) >= LEANS:
+                leaning.append(f"{cue} ({name.replace('_', ' ')}, {percent(key)} of {n:.0f})")
+    if not leaning:
+        return []
+    return [
+        f"the answer key itself sides with cheap cues: {', '.join(leaning)}: it certifies less than it says"
+    ]
+
+
+def people_table(people: list[dict]) -> Table:
+    """Return the agreement with people per set and criterion: AUC, its interval, and the length's."""
+    rows: list[list[str | Cell]] = []
+    for entry in people[:MOST]:
+        low, high = number(entry.get("low")), number(entry.get("high"))
+        verdict = Cell("no better than a coin", tone="down")
+        if low is not None and low > 0.5:
+            verdict = Cell("agrees", tone="up")
+        elif high is not None and high < 0.5:
+            verdict = Cell("CONTRADICTS people", tone="down")
+        name = f"{entry.get('set')}, {str(entry.get('criterion')).replace('_', ' ')}"
+        value = _score(entry, "auc", (0.5, entry.get("length")))
+        rows.append([name, fixed(entry.get("n"), 0), value, fixed(entry.get("length")), verdict])
+    head = ["what people rated", "replies", "AUC (95% interval)", "longer wins", "verdict"]
+    return Table("Agreement with people (AUC: 0.5 is a coin)", head, rows)
+
+
 def exam_table(result: dict) -> Tables:
-    """Return the exam: the verdict on each criterion, every method, and the attempts to fool the judge."""
+    """Return the exam: the verdict on each criterion, every method, cheap cues, what people say, and the
+    attempts to fool the judge."""
     criteria = dict(list((result.get("criteria") or {}).items())[:MOST])
     rows = [_criterion_row(name, entry) for name, entry in criteria.items()]
     if result.get("overall"):
@@ -218,9 +309,10 @@ def exam_table(result: dict) -> Tables:
     methods = list(dict.fromkeys(m for entry in criteria.values() for m in entry.get("methods") or {}))[:MOST]
     tried = [_method_row(name, entry, methods) for name, entry in criteria.items() if entry.get("methods")]
     head = ["criterion", "method", "weight", "right", "accuracy (95% interval)", "longer wins", "verdict"]
-    more = ["longer is better", "shorter is better", "in other words"]
+    more = ["longer is better", "shorter is better", "written wins", "witness"]
     tables = [Table("", head, rows), Table("Every method", ["every method", *methods, *more], tried)]
-    return Tables(tables, _exam_notes(result) if rows else [])
+    tables += [_cue_table(criteria), people_table(result.get("people") or [])]
+    return Tables(tables, [*_leaning_key(criteria), *_exam_notes(result)] if rows else [])
 
 
 WORDS = {"ok": ("ok", "up"), "noisy": ("NOISY", ""), "lost": ("LOST", "down"), "text": ("", "")}

@@ -30,6 +30,30 @@ def _exam(data: dict, run: dict, rows: list[dict]) -> Iterator[RunWarning]:
         yield warn("unknown", n=unknown, of=len(rows))
 
 
+def _rates(row: dict) -> dict[str, float | None]:
+    """Return how often the written replies win, per criterion, at one measurement."""
+    return {name: number((entry or {}).get("rate")) for name, entry in (row.get("wins") or {}).items()}
+
+
+def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[RunWarning]:
+    """Yield a warning if the policy scores above written replies on held-out prompts, and did not before.
+
+    What carries no weight was not optimized, and what was lost before the first step is the judge's failing.
+    """
+    # The measurement before the first step is a test of the judge, not of the policy.
+    later = [row for row in measured if number(row.get("step"))]
+    for row in later[-1:]:
+        won, criteria = _rates(row), exam.get("criteria") or {}
+        idle = {name for name, entry in criteria.items() if number(entry.get("weight")) == 0}
+        idle |= set(run.get("dropped_criteria") or [])
+        before = [_rates(first) for first in measured if number(first.get("step")) == 0]
+        idle |= {name for rates in before for name, rate in rates.items() if rate is not None and rate < 0.5}
+        lost = [name for name, rate in won.items() if rate is not None and rate < 0.5 and name not in idle]
+        if lost:
+            step, share = number(row["step"]), won[lost[0]]
+            yield warn("over-optimized", names=plain_names(lost), step=step, share=share, of=row.get("n"))
+
+
 def _signal(rows: list[dict], log: list[dict]) -> Iterator[RunWarning]:
     groups = [group for group in groups_of(rows) if sum(r is not None for r in rewards_of(group[2])) > 1]
     silent = [share for _, share in series(log, "frac_reward_zero_std")]
@@ -59,4 +83,5 @@ def check(data: dict) -> list[RunWarning]:
         return []
     reply = answer_format_of({"run": run})["reply"]
     replies = check_replies(rows, reply, run, data.get("exam") or {})
-    return [*_exam(data, run, rows), *_signal(rows, log), *_log(log), *replies]
+    measured = _over_optimized(data.get("held_out") or [], run, data.get("exam") or {})
+    return [*_exam(data, run, rows), *_signal(rows, log), *_log(log), *measured, *replies]

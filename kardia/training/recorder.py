@@ -15,6 +15,7 @@ from kardia.results import run_files, warnings
 from kardia.results.groups import groups_of
 from kardia.training.progress import Board
 
+OTHER_TIMES = ("rollout", "judge", "inspect", "held_out")  # of a step, beside its update
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a batch system sends before it kills
 
 
@@ -31,7 +32,7 @@ def log_row(step: int, logs: dict[str, Any], seconds: float, tokens_before: floa
         "seconds": round(seconds, 3),
     }
     if "time/rollout" in row:
-        other = sum(row.get(f"time/{part}", 0.0) for part in ("rollout", "judge", "inspect"))
+        other = sum(row.get(f"time/{part}", 0.0) for part in OTHER_TIMES)
         row["time/update"] = round(row["seconds"] - other, 3)
     elif "num_tokens" in row and tokens_before is not None:
         row["tokens_per_second"] = round((row["num_tokens"] - tokens_before) / max(1e-9, seconds), 1)

@@ -10,8 +10,10 @@ from typing import Any
 
 from kardia.core import distributed, machine
 from kardia.models.base import Base
+from kardia.models.generate import llama_answers
 from kardia.models.gguf import write_lora_gguf
 from kardia.models.policy import lora_of
+from kardia.training.held_out import FILE
 from kardia.training.progress import Board
 from kardia.training.step_records import StepRecords
 
@@ -30,6 +32,7 @@ class Rollouts:
         self.rubric, self.judge, self.base = rubric, judge, base
         self.sample_group, self.score_answers = sample_group, score_answers
         self.board = Board("GRPO")
+        self.held_out = None  # a HeldOut, where the answers come from llama.cpp
         self.records: StepRecords | None = None
         self.lora_gguf: Path | None = None  # where the step's LoRA is written
         self.times = {"rollout": 0.0, "judge": 0.0}  # seconds
@@ -45,7 +48,11 @@ class Rollouts:
         """Return the records of a run's steps; from now on each step's answers go there."""
         decode = self.renderer.tokenizer.decode
         parts = (self.board, self.dialogues, self.rubric, self.judge, self.options, decode)
-        self.records = StepRecords(run, trainer, *parts)
+
+        def measure(step: int) -> dict[str, float]:
+            return self.measure_held_out(step, trainer, run)
+
+        self.records = StepRecords(run, trainer, *parts, measure)
         trainer.on_rollouts = self.record
         self.lora_gguf = run.path / f".rollout-lora{distributed.rank() or ''}.gguf"
         return self.records
@@ -58,9 +65,7 @@ class Rollouts:
         policy's own.
         """
         began, G, step = time.monotonic(), trainer.num_generations, trainer.state.global_step
-        settings, pairs = lora_of(trainer.model)
-        write_lora_gguf(settings, pairs, machine.read_config(self.base.directory), self.lora_gguf)
-        self.worker.set_lora("policy", self.lora_gguf)
+        self._send_lora(trainer)
         # TRL repeats each prompt G times; llama.cpp decodes it once and shares its cells.
         unique = [self.renderer.ids(self.renderer.render(chat, generate=True)) for chat in prompts[::G]]
         first = distributed.rank() * len(prompts)  # answers of the processes before this one
@@ -80,6 +85,37 @@ class Rollouts:
             "completion_ids": [sample["ids"] for sample in samples],
             "logprobs": [sample["logprobs"] for sample in samples],
         }
+
+    def _send_lora(self, trainer) -> None:
+        """Give llama.cpp the policy's LoRA as it is now."""
+        settings, pairs = lora_of(trainer.model)
+        write_lora_gguf(settings, pairs, machine.read_config(self.base.directory), self.lora_gguf)
+        self.worker.set_lora("policy", self.lora_gguf)
+
+    def begin_held_out(self, run) -> None:
+        """Write the measurement before the first step down."""
+        if self.held_out and self.held_out.start and not (run.path / FILE).exists():
+            self.held_out.write(run, self.held_out.start)
+
+    def measure_held_out(self, step: int, trainer, run) -> dict[str, float]:
+        """Measure the policy after `step` on held-out prompts if it is time; return numbers for the log."""
+        options = self.options
+        wanted = step % options.held_out_every == 0 or step == options.steps
+        if self.held_out is None or not wanted:
+            return {}
+
+        # The weights have moved since the rollouts of this step.
+        def answer(dialogues) -> list[str]:
+            self._send_lora(trainer)
+            prompts = [self.renderer.prompt(dialogue) for dialogue in dialogues]
+            # No more room in llama.cpp's context than a group of rollouts takes.
+            longest, G, most = max(map(len, prompts)), options.group_size, options.max_tokens
+            parallel = max(1, (longest + G * most) // (longest + most))
+            limits = {"max_tokens": most, "parallel": parallel}
+            return llama_answers(self.worker, "policy", self.renderer.tokenizer, prompts, **limits)
+
+        self.board.phase("held-out prompts")
+        return self.held_out.write(run, self.held_out.measure(step, answer))
 
     def rewards(self, completions, index) -> list:
         """Return a batch's rewards, computed once and shared by the reward functions."""

@@ -24,11 +24,12 @@ class StepRecords:
     """
 
     def __init__(
-        self, run: Run, trainer, board: Board, dialogues, rubric, judge, options, decode: Callable
+        self, run: Run, trainer, board: Board, dialogues, rubric, judge, options, decode: Callable, measure
     ) -> None:
         self.run, self.trainer, self.board = run, trainer, board
         self.dialogues, self.decode = dialogues, decode
         self.rubric, self.judge, self.options = rubric, judge, options
+        self.measure = measure  # step -> numbers for the log, once the weights have moved
         self.rows: list[dict] = []
         self.first_group, self.seconds = 0, 0.0
 
@@ -38,7 +39,7 @@ class StepRecords:
         self.trainer.inspecting = bool(every) and (step % every == 0 or step in (1, self.options.steps))
         self.first_group = distributed.rank() * (len(rewards) // G)  # among the step's groups
         dialogues = [self.dialogues[i] for i in indices]
-        witness = self._held_out_scores(dialogues, texts)
+        witness = self._witness_scores(dialogues, texts)
         self.rows = []
         for i, (dialogue, text, reward) in enumerate(zip(dialogues, texts, rewards)):
             self.rows.append(
@@ -53,7 +54,7 @@ class StepRecords:
                     "refused": reward.refused,
                     "components": reward.components,
                     "criteria": reward.criteria,
-                    "held_out": witness[i] if witness else None,
+                    "witness": witness[i] if witness else None,
                     "weights": self.rubric.rewards,
                     "reward": reward.total(self.rubric.rewards),
                 }
@@ -64,14 +65,14 @@ class StepRecords:
         self.board.sample(reply, best["reward"])
         self.board.phase("update")
 
-    def _held_out_scores(self, dialogues, texts: list[str]) -> list[dict]:
-        """Ask the judge in the words that are never rewarded; [] if this step is not inspected."""
+    def _witness_scores(self, dialogues, texts: list[str]) -> list[dict]:
+        """Ask the witness, whose scores are never rewarded; [] if this step is not inspected."""
         began, scores = time.monotonic(), []
         if self.judge and self.trainer.inspecting:
             form = self.rubric.form
             replies = [find_span(text, form.reply) or "" for text in texts]
             items = [JudgedReply.from_dialogue(d, reply, form) for d, reply in zip(dialogues, replies)]
-            scores = self.judge.held_out_scores(items)
+            scores = self.judge.witness_scores(items)
         self.seconds = time.monotonic() - began
         return scores
 
@@ -92,13 +93,13 @@ class StepRecords:
         if inspected:
             tokens = self._inspect(step)
             self.trainer.inspected_passes = []
-        for name, rows in (("completions.jsonl", self.rows), ("tokens.jsonl", tokens)):
-            everyone = list(itertools.chain(*distributed.gather(rows)))
+        answers, traced = (list(itertools.chain(*distributed.gather(rows))) for rows in (self.rows, tokens))
+        for name, everyone in (("completions.jsonl", answers), ("tokens.jsonl", traced)):
             if everyone:
                 self.run.append(name, everyone)
-        if not inspected:
-            return {}
-        return {"time/inspect": round(self.seconds + time.monotonic() - began, 3)}
+        seconds = round(self.seconds + time.monotonic() - began, 3)
+        facts = {"time/inspect": seconds, **_witness_means(answers)} if inspected else {}
+        return facts | self.measure(step)
 
     def _inspect(self, step: int) -> list[dict]:
         """Return what the update did to the tokens of the group whose rewards differed most.
@@ -138,3 +139,10 @@ def _prompt_facts(dialogue) -> dict[str, Any]:
         "situation": dialogue.situation,
         "messages": [{"role": role, "content": content} for role, content in dialogue.messages],
     }
+
+
+def _witness_means(answers: list[dict]) -> dict[str, float]:
+    """Return {"witness/<criterion>": mean over the step's answers}, for the step's line."""
+    rows = [row["witness"] for row in answers if row["witness"]]
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in (rows or [{}])[0]}
+    return {f"witness/{name}": sum(found) / len(found) for name, found in known.items() if found}

@@ -1,0 +1,158 @@
+"""Ask held-out prompts while GRPO trains, and notice a policy that scores above what people would write.
+
+A small model does not write better than the person who wrote `data/eval.jsonl`: where the judge says so, the
+policy has learned to please the judge (over-optimization), or the judge reads nothing there. Before the first
+step the same comparison is a test of the judge, against the very policy that it shall reward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kardia.core import distributed
+from kardia.core.console import UserError, progress, say
+from kardia.core.files import file_hash
+from kardia.core.options import DATA, option
+from kardia.core.run_directory import Run
+from kardia.data.rubric import Rubric
+from kardia.judge.judge import Judge, weighted
+from kardia.models.base import Base, load_into_worker
+from kardia.results.statistics import reference_wins
+
+FILE = "held_out.jsonl"  # in the run directory: a line per measurement
+ASKED = "Dialogues whose first turns are asked now and then (default: data/eval.jsonl for the starter data)."
+
+
+@dataclass
+class HeldOutOptions:
+    """Hold the options of measurements on held-out prompts during training."""
+
+    held_out: Path | None = option(None, ASKED)
+    held_out_rows: int = option(16, "How many of them (0: none).", min=0)
+    held_out_every: int = option(20, "Steps between these measurements; also before the first.", min=1)
+
+
+def open_held_out(options: Any, rubric: Rubric, judge: Judge | None, rollout: str, script: tuple) -> Any:
+    """Return the HeldOut of a GRPO run; None where this data has none, or where torch draws the answers.
+
+    script: (load_rows, score_answers) of the script.
+    """
+    load_rows, score_answers = script
+    starter = DATA / "eval.jsonl" if Path(options.data).resolve() == DATA / "prompts.jsonl" else None
+    path = options.held_out or starter
+    if path is None or not options.held_out_rows:
+        return None
+    try:
+        rows = load_rows([path], rubric, "dialogue")[: options.held_out_rows]
+    except UserError:
+        if options.held_out:
+            raise
+        say(f"  held-out prompts left out: {path.name} is of another rubric; --held-out names your own")
+        return None
+    if rollout != "llama":
+        say("  held-out prompts are not asked while torch draws the answers: `evaluate` does it afterwards")
+        return None
+    return HeldOut(rows, rubric, judge, score_answers, path)
+
+
+class HeldOut:
+    """Hold the held-out prompts with their written answers, and measure a policy's answers against these.
+
+    rows: the script's Dialogues, each with a written answer to its first turn. score_answers: the script's.
+    """
+
+    def __init__(self, rows: list, rubric: Rubric, judge: Judge | None, score_answers, path: Path) -> None:
+        self.dialogues = [row.first_prompt() for row in rows]
+        self.written = [row.messages[1][1] for row in rows]
+        self.rubric, self.judge, self.score_answers = rubric, judge, score_answers
+        self.hash = file_hash(path)  # a resumed run asks the same prompts
+        self.references: list | None = None  # rewards of the written answers, once they were asked for
+        self.latest: list = []  # rewards of the policy's answers, measured last
+        self.start: dict[str, Any] | None = None  # the measurement before the first step
+
+    def measure(self, step: int, answer: Callable[[list], list[str]]) -> dict[str, Any]:
+        """Return the means of a policy's answers at `step`, and how often the written ones score above them.
+
+        answer(dialogues) returns one answer each; process 0 asks for all.
+        """
+        began, record = time.monotonic(), None
+        if distributed.rank() == 0:
+            # The written answers do not change, so the judge reads them once.
+            if self.references is None:
+                self.references = self._score(self.written)
+            self.latest = self._score(answer(self.dialogues))
+            record = {**self._record(step), "seconds": round(time.monotonic() - began, 2)}
+        return distributed.same(record)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        record = {"step": step, "n": len(self.latest), **self._means(self.latest)}
+        names = ["rubric", *(c.name for c in self.rubric.criteria)] if self.judge else []
+        wins = reference_wins({"policy": self.latest}, dict(enumerate(self.references)), names)
+        return record | {"wins": wins.get("policy", {}), "written": self._means(self.references)["rubric"]}
+
+    def use(self, rubric: Rubric) -> None:
+        """Take over a rubric whose criteria carry other weights, also in what was measured before."""
+        self.rubric = rubric
+        if self.latest and self.start and self.judge:
+            for reward in (*self.latest, *self.references):
+                reward.components["rubric"] = weighted(reward.criteria, rubric.weights)
+            self.start = {**self.start, **self._record(0)}
+
+    def _score(self, texts: list[str]) -> list:
+        return self.score_answers(list(zip(self.dialogues, texts)), self.rubric, self.judge)
+
+    def _means(self, rewards: list) -> dict[str, float | None]:
+        means = {}
+        for name in self.rubric.rewards:
+            known = [r.components[name] for r in rewards if r.components[name] is not None]
+            means[name] = sum(known) / len(known) if known else None
+        return means
+
+    def test_judge(self, answerer, options, setting, base: Base, exam: dict | None, before: dict) -> None:
+        """Measure the policy that training begins with; what the judge fails goes into its exam.
+
+        A criterion by which the policy surely (95%) beats the written answers is unfit. answerer: the
+        script's Answerer of that policy. before: the facts of a run that is resumed.
+        """
+        self.start = before.get("held_out_start")
+        if self.start is None:
+            say(f"  {len(self.dialogues)} held-out prompts: the policy's answers against the written ones")
+            # The same file as the rollouts, which is what the memory plan knows.
+            worker = answerer.worker
+            answerer.gguf = base.quantized(worker, setting.bits, setting.rollout_type)
+            load_into_worker(worker, answerer.gguf, before.get("fused_attention"), planned=True)
+
+        def answer(dialogues: list) -> list[str]:
+            with progress("answers", len(dialogues)) as on_progress:
+                return answerer.answer(dialogues, options.max_tokens, on_progress=on_progress)
+
+        self.start = self.start or self.measure(0, answer)
+        for name, entry in (exam or {"criteria": {}})["criteria"].items():
+            won = self.start["wins"].get(name)
+            # Sixteen prompts are few: only what is sure counts against the judge.
+            if won and won["high"] < 0.5:
+                share = f"written replies win only {won['rate']:.0%} of {won['n']} against this policy's own"
+                entry.update(
+                    fit=False, why=f"{share}: the judge cannot tell them apart, or prefers the worse"
+                )
+
+    def write(self, run: Run, record: dict[str, Any]) -> dict[str, float]:
+        """Append a measurement to the run's file and say it; return its numbers for the step's line."""
+        # Without the seconds the same run is the same file.
+        if distributed.rank() == 0:
+            run.append(FILE, [{key: value for key, value in record.items() if key != "seconds"}])
+        known = {name: record[name] for name in self.rubric.rewards if record[name] is not None}
+        parts = [f"{name} {value:.2f}" for name, value in known.items()]
+        won = record["wins"].get("rubric")
+        parts += [f"written replies win {won['rate']:.0%}"] if won else []
+        say(f"  held-out prompts after step {record['step']}: {', '.join(parts)}")
+        began = ((self.start or {}).get("wins") or {}).get("rubric") or {"rate": 1.0}
+        if won and record["step"] and won["rate"] < 0.5 <= began["rate"]:
+            say("  ! the policy scores above written replies: over-optimization; take another --judge")
+        numbers = {f"held_out/{name}": value for name, value in known.items()}
+        numbers |= {"held_out/written_wins": won["rate"]} if won else {}
+        return {**numbers, "time/held_out": record["seconds"]}
