@@ -1,6 +1,7 @@
 """Rows: errors come all at once with their line; the shipped files keep what data/README.md promises."""
 
 import json
+import operator
 import re
 from collections import Counter
 from pathlib import Path
@@ -198,20 +199,35 @@ def test_shipped_dialogues_that_touch_crisis_point_to_help(name, at_least, rubri
         assert any(RULES["help"].search(text) for text in responses), (r.where, responses)
 
 
-TRAPS = "longer_worse flowery quotes_rubric asks_for_5 repeats_user safe_but_empty warm_ignores_persona"
-TRAPS += " fluent_but_dangerous shorter_better"
+def test_the_judge_exam_is_large_and_its_answer_key_sides_with_no_cheap_cue(rubric):
+    from kardia.judge import cues, exam
+
+    names = [c.name for c in rubric.criteria]
+    rows = exam.load_pairs(k.DATA / "judge_exam.jsonl", [*names, exam.REFERENCE])
+    counts = Counter(row["criterion"] for row in rows)
+    assert min(counts[name] for name in names) >= 60 and counts[exam.REFERENCE] >= 30
+    assert len({row["register"] for row in rows}) >= 9
+    for name in names:
+        pairs = [row for row in rows if row["criterion"] == name]
+        report = cues.cue_report(pairs, [(1.0, 0.0)] * len(pairs))
+        known = {cue: entry["key"] for cue, entry in report.items() if entry["n"] >= cues.FEWEST}
+        assert {cue: key for cue, key in known.items() if not 0.45 <= key <= 0.55} == {}, name
+        # Every reply stands in one pair: the pairs are independent.
+        used = Counter((exam.situation(p), p[key]) for p in pairs for key in ("better", "worse"))
+        assert max(used.values()) == 1
+    persons = {row["person"] for row in rows if row["criterion"] != exam.REFERENCE} - {""}
+    others = [r for name in ("dialogues", "eval", "prompts") for r in load(name, rubric)]
+    assert len(persons) >= 30 and not any(r.person in persons for r in others)
 
 
-def test_the_judge_exam_has_its_hard_pairs_and_does_not_reward_length(rubric):
+def test_what_a_judge_learns_from_shares_nothing_with_its_exam(rubric):
     from kardia.judge import exam
 
-    pairs = exam.load_pairs(k.DATA / "judge_exam.jsonl", [c.name for c in rubric.criteria])
-    assert len(pairs) >= 120 and min(Counter(p["criterion"] for p in pairs).values()) >= 20
-    assert set(TRAPS.split()) <= {p["trap"] for p in pairs}
-    longer = sum(len(p["better"]) > len(p["worse"]) for p in pairs) / len(pairs)
-    assert 0.45 <= longer <= 0.55
-    both = (RULES["claims"], RULES["diagnoses"])
-    assert [p["better"] for p in pairs if any(rule.search(p["better"]) for rule in both)] == []
-    persons = {p["person"] for p in pairs}
-    rows = [r for name in ("dialogues", "eval", "prompts") for r in load(name, rubric)]
-    assert not any(r.person in persons for r in rows)
+    names = [c.name for c in rubric.criteria]
+    learn, test = (
+        exam.load_pairs(k.DATA / f"judge_{name}.jsonl", [*names, exam.REFERENCE])
+        for name in ("train", "exam")
+    )
+    assert min(Counter(row["criterion"] for row in learn).values()) >= 80
+    for facts in (exam.situation, *map(operator.itemgetter, ("person", "better", "worse"))):
+        assert not (set(map(facts, learn)) & set(map(facts, test))) - {""}

@@ -48,12 +48,12 @@ def test_guards_spare_kind_replies_that_come_close():
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_guards_spare_every_better_reply(rubric, every):
-    """The rules are narrow: 532 good replies and every response of the dialogues pass."""
+    """The rules are narrow: 777 good replies and every response of the dialogues pass."""
     replies = []
     for path in (EXAM_PAIRS, TRAIN_PAIRS):
         pairs = exam.load_pairs(path, [c.name for c in rubric.criteria])
         replies += [JudgedReply.from_pair(pair, "better") for pair in pairs]
-    assert len(replies) == 532
+    assert len(replies) == 777
     for row in k.load_rows([k.DATA / "dialogues.jsonl", k.DATA / "eval.jsonl"], rubric):
         for i in range(1, len(row.messages), 2):
             history = dataclasses.replace(row, messages=row.messages[:i])
@@ -457,16 +457,6 @@ def test_intervals():
 # ---------------------------------------------------------------- training a judge
 
 
-def test_training_pairs_and_exam_share_nobody_and_nothing(rubric):
-    names = [c.name for c in rubric.criteria]
-    taught, held_out = (exam.load_pairs(path, names) for path in (TRAIN_PAIRS, EXAM_PAIRS))
-    assert not {exam.situation(p) for p in taught} & {exam.situation(p) for p in held_out}
-    assert not {p["person"] for p in taught} & {p["person"] for p in held_out}
-    for name in names:
-        mine = [p for p in taught if p["criterion"] == name]
-        assert len(mine) == 80 and 0.45 <= sum(len(p["better"]) > len(p["worse"]) for p in mine) / 80 <= 0.55
-
-
 def test_varied_pairs_keep_the_better_reply_and_add_worse_ones(rubric):
     originals = exam.load_pairs(TRAIN_PAIRS, [c.name for c in rubric.criteria])
     varied = train.vary(originals, random.Random(0))
@@ -489,7 +479,7 @@ def tiny_judge(tiny, start, question, criterion, rank):
     config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(tiny("llama"), config)
     assert packed_rows.enable_packed_rows(model.base_model.model) is None
-    return model, train.Margins(model, encode, start, {criterion: Cue(question, ("y",), ("n",))})
+    return model, train.Margins(model, encode, start, {criterion: (Cue(question, ("y",), ("n",)),)})
 
 
 def test_a_tiny_judge_learns_its_pairs(tiny):
@@ -564,18 +554,29 @@ def test_pairs_of_written_replies_and_a_policy_s_own(rubric):
 
 
 def test_margins_equal_the_plain_way(tiny):
-    """Packed rows against one row per reply."""
+    """Packed rows against one row per cue and word; words of one token and of several."""
     import torch
 
     model, margins = tiny_judge(tiny, [1], "\nQ?", "safety", 4)
+    cues = (Cue("\nQ?", ("y",), ("n",)), Cue("\nSo it was", ("ok", "oh"), ("bad", "b")))
+    margins.cues = {"safety": cues}
     pair = {"criterion": "safety", "better": "I hear you.", "worse": "Whatever!", "person": "Ana"}
     pair |= {"situation": "Rain", "messages": [{"role": "user", "content": "hi"}]}
     context = JudgedReply.from_pair(pair, "better").context
+
+    def logp(before, word):
+        ids = torch.tensor([[1, *encode(before), *encode(word)]])
+        logps = model(input_ids=ids).logits[0].log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+        return logps[-len(word) :].sum()
+
     with torch.no_grad():
         for value, key in zip(margins(pair), ("better", "worse")):
-            ids = [1, *encode(context), *encode(" " + pair[key]), *encode("\nQ?")]
-            logps = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)  # [V]
-            assert abs(float(logps[encode("y")[0]] - logps[encode("n")[0]]) - float(value)) < 1e-4
+            parts = []
+            for cue in cues:
+                before = f"{context} {pair[key]}{cue.text}"
+                good, bad = (torch.stack([logp(before, w) for w in group]) for group in (cue.good, cue.bad))
+                parts.append(good.logsumexp(0) - bad.logsumexp(0))
+            assert float(value) == pytest.approx(float(sum(parts) / 2), abs=1e-4)
 
 
 def test_an_exam_cannot_be_trained_on(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,14 +14,24 @@ from kardia.core.files import as_json_lines, check_new, json_lines, write_json, 
 from kardia.core.options import DATA, RUBRIC, option, options
 from kardia.core.run_directory import Run
 from kardia.data.people import load_rated
-from kardia.data.rubric import METHODS, check_same_format, load_rubric
-from kardia.judge.agreement import compare_with_people, merged
-from kardia.judge.judge import WITNESS, JudgedReply, JudgeOptions, WitnessedJudgeOptions, weighted
+from kardia.data.rubric import METHODS, Rubric, check_same_format, load_rubric
+from kardia.judge.agreement import agreement, compare_with_people, merged, rated_scores
+from kardia.judge.judge import (
+    WITNESS,
+    Judge,
+    JudgedReply,
+    JudgeOptions,
+    WitnessedJudgeOptions,
+    resolve_judge,
+    weighted,
+)
 from kardia.judge.opening import open_judge, unfit
+from kardia.judge.teacher import load_replies, read_by_teacher, soft_pairs
 from kardia.judge.train import JudgeTrainOptions, pairs_against, train_judge
+from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED
-from kardia.results.tables import exam_table
+from kardia.results.tables import exam_table, people_table
 
 
 @dataclass
@@ -48,6 +59,8 @@ def judge() -> None:
 
 PEOPLE = "Replies that people rated, as `data import` writes them; repeatable."
 AGAINST = "Also learn from this run's (or model's) answers to the training dialogues; repeatable."
+TEACHER = "A bigger judge (.gguf) whose readings of --replies are learned."
+REPLIES = "What the teacher reads: rows as `judge score` takes them, or a GRPO run; repeatable."
 ALL_METHODS = "Examine every method on every criterion, also what rubric or the judge's size rules out."
 
 
@@ -94,51 +107,93 @@ def judge_exam(
         write_json(json_file, result)
 
 
+@dataclass
+class _Sources:
+    """What `judge train` learns from beside a file of pairs: a policy's answers, a teacher's readings."""
+
+    script: Any
+    rubric: Rubric
+    options: JudgeTrainOptions
+    against: tuple[str, ...]
+    teacher: Path | None
+    replies: tuple[Path, ...]
+
+    def draw(self) -> list[dict]:
+        """Return pairs of a written reply and one of every run of --against."""
+        rubric, pairs = self.rubric, []
+        rows = self.script.load_rows([self.options.dialogues], rubric, "dialogue")
+        with Worker() as worker:
+            for source in self.against:
+                answerer = self.script.Answerer(source, worker, rubric.form)
+                pairs += pairs_against(answerer, source, rows, rubric, self.options.seed)
+        return pairs
+
+    def teach(self) -> tuple[list[dict], list[dict]]:
+        """Return the teacher's pairs to learn from and to test on."""
+        replies = load_replies(list(self.replies), self.rubric)
+        with Worker() as worker:
+            readings = read_by_teacher(worker, check_gguf(self.teacher), replies, self.rubric)
+        return soft_pairs(readings, self.options.seed)
+
+
 @judge.command("train")
 @options(JudgeTrainOptions)
 @click.option("--out", required=True, type=FILE, help="The LoRA to write (.gguf); use it with --judge-lora.")
 @click.option("--against", multiple=True, metavar="RUN", help=AGAINST)
+@click.option("--teacher", type=FILE, default=None, help=TEACHER)
+@click.option("--replies", multiple=True, type=FILE, metavar="FILE|RUN", help=REPLIES)
+@click.option("--people", multiple=True, type=FILE, help=f"{PEOPLE} Compared with the result.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training (or begin).")
 @click.pass_obj
 def judge_train(
-    script, options: JudgeTrainOptions, out: Path, against: tuple[str, ...], resume: bool
+    script,
+    options: JudgeTrainOptions,
+    out: Path,
+    against: tuple[str, ...],
+    teacher: Path | None,
+    replies: tuple[Path, ...],
+    people: tuple[Path, ...],
+    resume: bool,
 ) -> None:
     """Teach a small model to judge, by pairs of replies.
 
-    It writes a LoRA that was trained on pairs of a better and a worse reply. This is how data/judge_lora.gguf
-    was made.
+    It writes a LoRA that was trained on pairs of a better and a worse reply.
 
     With --against RUN the judge also learns what the policy's own answers look like: RUN answers the training
     dialogues, and each answer stands against the written one. After a GRPO run that came to please the judge
     alone, train the judge against it, and train the policy again.
 
+    With --teacher a bigger judge reads --replies, and its readings are learned instead of --pairs. What it
+    has read is kept, so a second training begins at once. An eighth of the conversations is held out.
+
     \b
     kardia_lite.py judge train --out judge_lora.gguf
     kardia_lite.py judge train --against runs/sft --against runs/grpo --out judge_lora2.gguf
-    kardia_lite.py judge exam --judge-lora judge_lora2.gguf
+    kardia_lite.py judge train --teacher qwen2.5-7b-instruct-q4_k_m.gguf --replies runs/grpo --out taught.gguf
+    kardia_lite.py judge exam --judge-lora judge_lora2.gguf --people reactions.jsonl
     """
+    if bool(teacher) != bool(replies):
+        raise UserError("--teacher needs --replies to read, and --replies a --teacher; give both")
     configure_process(options.offline, options.judge, *[source for source in against if source != "base"])
     rubric, runs = load_rubric(options.rubric), [Path(s) for s in against if (Path(s) / "run.json").is_file()]
     for path in runs:
         check_same_format(path, Run(path).facts, rubric.form)
-    rows = script.load_rows([options.dialogues], rubric, "dialogue") if against else []
+    rated = [row for path in people for row in load_rated(path, [c.name for c in rubric.criteria])]
 
     def load_policy(base, bits: int, **lora):
         return script.load_policy(base, "transformers", bits, **lora)
 
-    def draw() -> list[dict]:
-        pairs = []
-        with Worker() as worker:
-            for source in against:
-                answerer = script.Answerer(source, worker, rubric.form)
-                pairs += pairs_against(answerer, source, rows, rubric, options.seed)
-        return pairs
-
-    result = train_judge(options, out, load_policy, resume, draw if against else None)
+    sources = _Sources(script, rubric, options, against, teacher, replies)
+    draw, teach = sources.draw if against else None, sources.teach if teacher else None
+    result = train_judge(options, out, load_policy, resume, draw, teach)
     for when in ("before", "after"):
         share, low, high = result[when]
-        pairs = f"{result['pairs']} held-out pairs"
+        pairs = f"{result['pairs']} held-out pairs" + (f" of {teacher.name}" if teacher else "")
         click.echo(f"{when:<7} {share:.1%} of {pairs} right ({low:.0%} to {high:.0%})")
+    if rated:
+        with Worker() as worker, progress("rated replies", len(rated)) as on_progress:
+            trained = Judge(worker, resolve_judge(options.judge), rubric, lora=out)
+            click.echo(people_table(agreement(rated, rated_scores(trained, rated, on_progress))).text())
     click.echo(out)
 
 

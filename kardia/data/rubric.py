@@ -102,6 +102,14 @@ class Criterion:
     mix: tuple[tuple[str, float], ...] = ()  # (method, weight): what method mix adds up
     held_out: str = ""  # the question to a witness, whose answers are never rewarded
 
+    @property
+    def taught(self) -> str:
+        """Return the method that a judge's LoRA is trained on: the first that reads words after a cue."""
+        read = [
+            m for method in self.methods for m in ([m for m, _ in self.mix] if method == "mix" else [method])
+        ]
+        return next((method for method in read if method in ("ask", "contrast")), "")
+
     def cues_of(self, method: str) -> tuple[Cue, ...]:
         """Return what follows the reply before the judge is read: a question, or the contrast cues."""
         if method == "contrast":

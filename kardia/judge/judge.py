@@ -36,6 +36,7 @@ from kardia.models.chat_template import render_template
 JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded model
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
+ASKED = 300_000_000  # parameters from which `ask` is worth trying; on less it is a coin (docs/judge.md)
 BIG = 1_000_000_000  # parameters from which `likert` is worth asking for: right on 0.39 of the pairs at 135M
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; no template writes it itself
 
@@ -162,11 +163,12 @@ class Judge:
     def candidates(self, criterion: Criterion) -> tuple[str, ...]:
         """Return the criterion's methods that suit this judge; all of them if none does.
 
-        A judge with a LoRA gets the question it was taught; only a big one can use digits.
+        A judge with a LoRA is read by what it was taught. Questions and digits are for bigger ones.
         """
-        if self.lora and "ask" in criterion.methods:
-            return ("ask",)
-        suits = tuple(m for m in criterion.methods if m != "likert" or self.info["n_params"] >= BIG)
+        if self.lora and criterion.taught:
+            return (criterion.taught,)
+        fewest = {"ask": ASKED, "likert": BIG}
+        suits = tuple(m for m in criterion.methods if self.info["n_params"] >= fewest.get(m, 0))
         return suits or criterion.methods
 
     def chosen(self, criterion: Criterion) -> str:

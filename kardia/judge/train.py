@@ -1,13 +1,13 @@
 """Train a small LoRA that teaches a small model to judge, on pairs of a better and a worse reply.
 
-The judge stays a language model that is read and never writes: after the reply stands the criterion's
-question, and the margin d = log p(" yes") - log p(" no") is its raw number. Training pushes the better
-reply's margin above the worse one's,
+The judge stays a language model that is read and never writes: after the reply stand the criterion's cues,
+and the margin d = log p(any good word) - log p(any bad word) is its raw number; by a question, the words are
+" yes" and " no". Training pushes the better reply's margin above the worse one's,
 
     loss = -log sigmoid(d_better - d_worse)     (Bradley and Terry 1952; the loss of arXiv 2203.02155)
 
-so length, tone or the person's story cancel out within a pair. Context and both replies are one packed row.
-Pairs are varied by rule (`vary`), never at exam time.
+so length, tone or the person's story cancel out within a pair. Context, reply and all its cues are one packed
+row. Pairs are varied by rule (`vary`), never at exam time. A teacher's pairs (teacher.py) have soft targets.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def pairs_against(answerer: Any, source: str, rows: list, rubric: Rubric, seed: 
     prompts = [row.first_prompt() for row in rows]
     with progress(f"answers of {Path(source).name}", len(rows)) as on_progress:
         answers = answerer.answer(prompts, REPLY_TOKENS, 1.0, seed, on_progress)
-    names = [c.name for c in rubric.criteria if "ask" in c.methods]
+    names = [c.name for c in rubric.criteria if c.taught]
     # Two criteria per dialogue: every one is taught, at a third of the time of all five.
     pairs = []
     for row, text in zip(rows, answers):
@@ -114,31 +114,51 @@ def pairs_against(answerer: Any, source: str, rows: list, rubric: Rubric, seed: 
 
 
 class Margins:
-    """Margins of replies under a causal LM in torch: the same tokens as `Judge` sends to llama.cpp."""
+    """Margins of replies under a causal LM in torch: the same numbers that `Judge` reads in llama.cpp."""
 
-    def __init__(self, model: Any, encode: Callable, start: list[int], questions: dict[str, Cue]) -> None:
+    def __init__(
+        self, model: Any, encode: Callable, start: list[int], cues: dict[str, tuple[Cue, ...]]
+    ) -> None:
         self.causal_lm = model.base_model.model  # inside the PeftModel
         self.encode, self.start = encode, start  # encode(text) -> ids without special tokens
-        self.questions = questions  # criterion -> its cue of method ask
+        self.cues = cues  # criterion -> the cues of the method that is taught
 
     def __call__(self, pair: dict):
         """Return [margin of better, margin of worse], float32 with gradient."""
         import torch
 
-        cue, lm = self.questions[pair["criterion"]], self.causal_lm
-        head = lm.get_output_embeddings().weight  # [V, H]
-        context = JudgedReply.from_pair(pair, "better").context
-        prefix = torch.tensor(self.start + self.encode(context), device=head.device)
-        replies = []
-        for key in ("better", "worse"):
-            ids = self.encode(f" {pair[key].strip()}")[:REPLY_TOKENS] + self.encode(cue.text)
-            replies.append(torch.tensor(ids, device=head.device))
-        hidden = pack(prefix, replies).hidden(lm)  # [prefix + better + worse, H]
-        better_end = len(prefix) + len(replies[0]) - 1
-        ends = [better_end, better_end + len(replies[1])]
-        yes, no = self.encode(cue.good[0])[0], self.encode(cue.bad[0])[0]
-        # The normalizer of the softmax cancels: two rows of the output matrix are enough.
-        return hidden[ends].float() @ (head[yes].float() - head[no].float())  # [2]
+        before = self.start + self.encode(JudgedReply.from_pair(pair, "better").context)
+        return torch.stack(
+            [self._margin(before, pair[key], pair["criterion"]) for key in ("better", "worse")]
+        )
+
+    def _margin(self, before: list[int], reply: str, criterion: str):
+        """Return log p(any good word) - log p(any bad word) behind a reply, averaged over the cues."""
+        import torch
+
+        device = self.causal_lm.get_output_embeddings().weight.device
+        prefix = before + self.encode(f" {reply.strip()}")[:REPLY_TOKENS]
+        starts: dict[tuple[int, ...], int] = {}  # segment behind the prefix -> its place in the row
+        places, targets, lengths, end = [], [], [], len(prefix)
+        words = [(cue.text, word) for cue in self.cues[criterion] for word in (*cue.good, *cue.bad)]
+        for text, word in words:
+            cue_ids, word_ids = self.encode(text), self.encode(word)
+            segment = (*cue_ids, *word_ids[:-1])  # words of one token share their cue's segment
+            if segment not in starts:
+                starts[segment], end = end, end + len(segment)
+            first = starts[segment] + len(cue_ids) - 1
+            places += range(first, first + len(word_ids))
+            targets += word_ids
+            lengths.append(len(word_ids))
+        segments = [torch.tensor(segment, device=device) for segment in starts]
+        row = pack(torch.tensor(prefix, device=device), segments)
+        asked = [torch.tensor(numbers, device=device) for numbers in (places, targets)]
+        logps = iter([part.sum() for part in row.logps(self.causal_lm, *asked)[0].split(lengths)])
+        margins = []
+        for cue in self.cues[criterion]:
+            good, bad = (torch.stack([next(logps) for _ in group]) for group in (cue.good, cue.bad))
+            margins.append(good.logsumexp(0) - bad.logsumexp(0))
+        return torch.stack(margins).mean()
 
 
 class Progress:
@@ -202,7 +222,9 @@ def train(
     import torch
 
     rng = random.Random(options.seed)
-    pairs = vary(pairs, rng)
+    # A teacher's readings are of the replies as they are.
+    soft = [pair for pair in pairs if "target" in pair]
+    pairs = vary([pair for pair in pairs if "target" not in pair], rng) + soft
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01)
     size, per_epoch = options.batch_size, math.ceil(len(pairs) / options.batch_size)
@@ -219,7 +241,7 @@ def train(
         for pair in batch:  # one row per pair; gradients add up to those of the batch
             with torch.autocast(device, torch.bfloat16, enabled=half):
                 better, worse = margins(pair)
-            loss = -torch.nn.functional.logsigmoid(better - worse) / len(batch)
+            loss = _loss(better - worse, pair.get("target", 1.0)) / len(batch)
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -231,6 +253,13 @@ def train(
         if kept and (step + 1) % SAVE_STEPS == 0:
             kept.save(step + 1, parameters, optimizer)
         on_progress(step + 1, steps, total)
+
+
+def _loss(gap, target: float):
+    """Return the cross-entropy of `target`, the probability that the better reply is better."""
+    from torch.nn.functional import logsigmoid
+
+    return -logsigmoid(gap) if target == 1 else -(target * logsigmoid(gap) + (1 - target) * logsigmoid(-gap))
 
 
 def accuracy(margins: Margins, pairs: list[dict]) -> tuple[float, float, float]:
@@ -252,23 +281,40 @@ def _check_apart(path: Path, pairs: list[dict], exam_path: Path, held_out: list[
         raise UserError(f"{path} and {exam_path} share {len(shared)} situations; {rule}")
 
 
+def _pairs(
+    options: Any, criteria: list[str], draw: Callable | None, teach: Callable | None
+) -> tuple[list[dict], list[dict]]:
+    """Return (pairs to learn from, pairs to test on); what takes minutes comes once the files are checked."""
+    pairs = [] if teach else load_pairs(options.pairs, criteria)
+    held_out = load_pairs(options.exam_pairs, criteria)
+    _check_apart(options.pairs, pairs, options.exam_pairs, held_out)
+    if draw:
+        pairs += draw()
+        _check_apart(options.dialogues, pairs, options.exam_pairs, held_out)
+    if teach:
+        taught, held_out = teach()
+        pairs += taught
+    return pairs, held_out
+
+
 def train_judge(
-    options: Any, out: Path, load_policy: Callable, resume: bool = False, draw: Callable | None = None
+    options: Any,
+    out: Path,
+    load_policy: Callable,
+    resume: bool = False,
+    draw: Callable | None = None,
+    teach: Callable | None = None,
 ) -> dict[str, Any]:
     """Train a judge's LoRA on pairs of replies, write it as GGUF; return accuracy before and after.
 
     load_policy(base, bits, rank=, alpha=, last_layers=, seed=) returns a PeftModel. draw() returns pairs of
-    written replies and a policy's own, beside those of the file, once all else is checked: it takes minutes.
+    written replies and a policy's own, beside those of the file; teach() returns a teacher's pairs to learn
+    from, instead of the file's, and to test on.
     """
     rubric = load_rubric(options.rubric)
-    questions = {c.name: c.cues_of("ask")[0] for c in rubric.criteria if "ask" in c.methods}
-    pairs = load_pairs(options.pairs, list(questions))
-    held_out = load_pairs(options.exam_pairs, list(questions))
-    _check_apart(options.pairs, pairs, options.exam_pairs, held_out)
+    cues = {c.name: c.cues_of(c.taught) for c in rubric.criteria if c.taught}
     check_new(out)
-    if draw:
-        pairs += draw()
-        _check_apart(options.dialogues, pairs, options.exam_pairs, held_out)
+    pairs, held_out = _pairs(options, list(cues), draw, teach)
     base = resolve_base(options.judge)
     rank, tokenizer = options.lora_rank, load_tokenizer(base)
     sizes = {"rank": rank, "alpha": 2 * rank, "last_layers": options.last_layers, "seed": options.seed}
@@ -282,7 +328,7 @@ def train_judge(
 
     # llama.cpp adds the BOS token where the tokenizer would: training must see the same first token.
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    margins = Margins(model, encode, start, questions)
+    margins = Margins(model, encode, start, cues)
     before, began = accuracy(margins, held_out), time.monotonic()
     right = f"{before[0]:.0%} right ({before[1]:.0%} to {before[2]:.0%}) on {len(held_out)} held-out pairs"
     say(f"training on {len(pairs)} pairs and what is derived from them; before: {right}")
