@@ -38,7 +38,7 @@ from kardia.cli.process import configure_process
 from kardia.core.files import write_json
 from kardia.core.machine import PeakSampler, compute_dtype, default_threads, describe_machine
 from kardia.core.options import PROJECT
-from kardia.judge.judge import resolve_judge, resolve_judge_lora
+from kardia.judge.judge import resolve_judge
 
 PARTS = ("rollout", "judge", "update", "step")
 PARAMETERS = 134_515_008  # of the embedded model
@@ -118,8 +118,7 @@ def endless_answers(worker, prompts, trainer, options, seeds, on_progress):
 
 
 def make_ours(work: Work, worker):
-    lora = resolve_judge_lora(k.EMBEDDED, "auto")
-    judge = k.Judge(worker, resolve_judge(k.EMBEDDED), work.rubric, 0, lora=lora)
+    judge = k.Judge(worker, resolve_judge(k.EMBEDDED), work.rubric)
     wanted = [(c, judge.chosen(c)) for c in work.rubric.criteria]
 
     def reward(prompts, completions, index, **_):

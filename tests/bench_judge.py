@@ -30,7 +30,7 @@ from kardia.core.machine import default_threads, describe_machine
 from kardia.core.options import DATA, PROJECT
 from kardia.data.rubric import Rubric, load_rubric
 from kardia.judge.exam import load_pairs
-from kardia.judge.judge import Judge, JudgedReply, resolve_judge, resolve_judge_lora
+from kardia.judge.judge import Judge, JudgedReply, resolve_judge
 from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED
 
@@ -140,7 +140,7 @@ def main() -> None:
     }
     llama = llama_cpp.Llama(str(path), verbose=False, **sizes)
     with Worker() as worker:
-        judge = Judge(worker, path, rubric, given.gpu_layers, lora=resolve_judge_lora(given.judge, "auto"))
+        judge = Judge(worker, path, rubric, given.gpu_layers)
         ways = {"ours": Ours(judge), "chat": Chat(llama, rubric), "json": Json(llama, rubric)}
         seconds = measure(ways, llama, groups)
     size = f"{len(groups)} prompts x {given.replies} replies x {criteria} criteria"

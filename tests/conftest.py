@@ -137,6 +137,7 @@ def pairs(tmp_path_factory):
     first = {}
     for line in (k.DATA / "judge_exam.jsonl").read_text(encoding="utf-8").splitlines():
         first.setdefault(json.loads(line)["criterion"], line)
+    del first["reference"]  # of which every criterion is asked
     path = tmp_path_factory.mktemp("exam") / "exam.jsonl"
     path.write_text("\n".join(first.values()) + "\n", encoding="utf-8")
     return path

