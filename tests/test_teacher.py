@@ -85,6 +85,7 @@ def test_nothing_is_read_twice(judge, rubric, tmp_path):
     with open(kept, "a", encoding="utf-8") as file:
         file.write('{"reply": "torn')  # killed while writing
     again = teacher.read_by_teacher(None, judge, replies, rubric)
+    assert teacher.read_by_teacher(None, judge, replies, rubric) == again
     assert Teacher.asked == ["a", "bb", "ccc"]
     assert again[:2] == first == [(replies[0], {"empathy": 1.0}), (replies[1], {"empathy": 2.0})]
 

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from kardia.core.console import UserError, progress, say, shorten
-from kardia.core.files import cache_directory, digest, file_hash, file_lock, json_lines
+from kardia.core.files import (
+    as_json_lines,
+    cache_directory,
+    digest,
+    file_hash,
+    file_lock,
+    json_lines,
+    write_text,
+)
 from kardia.data.rows import find_span
 from kardia.data.rubric import Rubric
 from kardia.judge.exam import READING_VERSION
@@ -78,8 +86,10 @@ def read_by_teacher(worker: Worker, teacher: Path, replies: list[JudgedReply], r
     with file_lock(kept):
         known: dict[str, dict[str, float]] = {}
         for _, row, _ in json_lines(kept, strict=False) if kept.is_file() else ():
-            if isinstance(row, dict) and row.keys() == {"reply", "numbers"}:  # a torn line is read again
+            if isinstance(row, dict) and row.keys() == {"reply", "numbers"}:
                 known[row["reply"]] = row["numbers"]
+        # A line that a kill cut short goes: what is added must begin a line of its own.
+        write_text(kept, as_json_lines([{"reply": name, "numbers": known[name]} for name in known]))
         groups = _by_context([reply for reply in replies if _name(reply) not in known])
         total = sum(map(len, groups))
         say(f"the teacher {teacher.name} reads {total} replies by {method}; {len(replies) - total} are known")
