@@ -24,9 +24,9 @@ class Teacher:
     """Longer is better; counts what it is asked."""
 
     asked: list[str] = []
-    info = {"n_params": 2 * 10**9}
+    info = {"n_params": 2 * 10**9, "gpu": False}
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, gpu_layers):
         pass
 
     def numbers(self, replies, wanted, guarded):
@@ -54,20 +54,17 @@ def test_replies_of_files_and_of_runs(tmp_path, rubric):
     asked = row("x")["messages"]
     lines = [{"messages": asked, **facts} for facts in (drawn, drawn, unformed)]
     write(run_directory / "completions.jsonl", *lines)
-    file = write(tmp_path / "mine.jsonl", row("a"), row("b"), row("a"))
+    snow = [row(text, said="It snows.") for text in "cd"]
+    file = write(tmp_path / "mine.jsonl", row("a"), row("b"), row("a"), *snow)
     found = teacher.load_replies([run_directory, file], rubric)
-    assert [reply.reply for reply in found] == [
-        "Oh no.",
-        "a",
-        "b",
-    ]  # each once, and no answer without a reply
+    assert [reply.reply for reply in found] == ["Oh no.", "a", "b", "c", "d"]  # each once
     assert found[0] == JudgedReply("Ana", "Rain.", (("user", "It rains."),), "Oh no.")
 
 
 def test_mistakes_in_replies(tmp_path, rubric):
     for rows, expected in (
         ([row("a"), {"messages": 5}], r"mine.jsonl:2: found .* / expected messages and response"),
-        ([row("a"), row("b", said="It snows.")], "no conversation has two replies"),
+        ([row("a"), row("b", said="It snows.")], "2 different replies, and not two conversations"),
     ):
         with pytest.raises(k.UserError, match=expected):
             teacher.load_replies([write(tmp_path / "mine.jsonl", *rows)], rubric)

@@ -178,21 +178,21 @@ def judge_train(
     rubric, runs = load_rubric(options.rubric), [Path(s) for s in against if (Path(s) / "run.json").is_file()]
     for path in runs:
         check_same_format(path, Run(path).facts, rubric.form)
+    reader = resolve_judge(options.judge) if people else None  # a .gguf: now, not after the training
     rated = [row for path in people for row in load_rated(path, [c.name for c in rubric.criteria])]
 
     def load_policy(base, bits: int, **lora):
         return script.load_policy(base, "transformers", bits, **lora)
 
     sources = _Sources(script, rubric, options, against, teacher, replies)
-    draw, teach = sources.draw if against else None, sources.teach if teacher else None
-    result = train_judge(options, out, load_policy, resume, draw, teach)
+    parts = (sources.draw if against else None, sources.teach if teacher else None)
+    result = train_judge(options, out, load_policy, resume, *parts)
     for when in ("before", "after"):
-        share, low, high = result[when]
-        pairs = f"{result['pairs']} held-out pairs" + (f" of {teacher.name}" if teacher else "")
+        (share, low, high), pairs = result[when], f"{result['pairs']} held-out pairs"
         click.echo(f"{when:<7} {share:.1%} of {pairs} right ({low:.0%} to {high:.0%})")
     if rated:
         with Worker() as worker, progress("rated replies", len(rated)) as on_progress:
-            trained = Judge(worker, resolve_judge(options.judge), rubric, lora=out)
+            trained = Judge(worker, reader, rubric, lora=out)
             click.echo(people_table(agreement(rated, rated_scores(trained, rated, on_progress))).text())
     click.echo(out)
 

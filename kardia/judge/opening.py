@@ -114,6 +114,8 @@ def open_judge(
         f"exam-{key}", pairs_path, rubric, f"the judge {path.name}", examine
     )
     result = distributed.same(result)
+    for entry in (result, *result["criteria"].values()):  # the shipped one has its own witness
+        entry.pop("witness", None)
     apply(judge, result)
     if isinstance(options, WitnessedJudgeOptions):
         _call_witness(judge, result, resolve_witness(options.witness), pairs_path)

@@ -6,7 +6,7 @@ A 7B model reads a reply well and slowly. Its raw numbers t of two replies of on
     p = sigmoid(SHARPNESS (t_1 - t_2) / s),     s the standard deviation of the criterion's t
 
 and `judge train` moves the small judge's margins towards it: distillation (arXiv 1503.02531) in the pairwise
-form of train.py's loss. Every reading is kept in the cache as soon as it is made.
+form of train.py's loss. Readings are kept in the cache as they are made.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from kardia.core import machine
 from kardia.core.console import UserError, progress, say, shorten
 from kardia.core.files import (
     as_json_lines,
@@ -27,8 +28,9 @@ from kardia.core.files import (
     json_lines,
     write_text,
 )
+from kardia.core.run_directory import Run
 from kardia.data.rows import find_span
-from kardia.data.rubric import Rubric
+from kardia.data.rubric import Rubric, check_same_format
 from kardia.judge.exam import READING_VERSION
 from kardia.judge.judge import BIG, Judge, JudgedReply
 from kardia.llama.sampling import sigmoid
@@ -37,6 +39,7 @@ from kardia.llama.worker import Worker
 SHARPNESS = 2.0  # two replies one deviation apart: p = 0.88
 SAME = 0.25  # deviations below which the teacher sees no difference worth teaching
 MOST = 3  # pairs per conversation and criterion: a prompt drawn 50 times must not outweigh the rest
+AT_ONCE = 8  # replies whose readings an interruption may cost
 HELD_OUT = 8  # one conversation in so many is kept for the test
 Readings = list[tuple[JudgedReply, dict[str, float]]]  # a reply and {criterion: the teacher's raw number}
 
@@ -52,6 +55,8 @@ def load_replies(paths: list[Path], rubric: Rubric) -> list[JudgedReply]:
         if not file.is_file():
             rule = "expected JSONL rows with messages and response, or a GRPO run with completions.jsonl"
             raise UserError(f"{file}: no such file; {rule}")
+        if path.is_dir() and (path / "run.json").is_file():
+            check_same_format(path, Run(path).facts, rubric.form)
         for number, row, problem in json_lines(file):
             drawn = row.get("completion") if isinstance(row, dict) else None
             if drawn is not None:
@@ -63,9 +68,10 @@ def load_replies(paths: list[Path], rubric: Rubric) -> list[JudgedReply]:
             except ValueError as error:
                 found = problem or shorten(row)
                 raise UserError(f"{file}:{number}: found {found} / expected messages and response") from error
-    if not any(len(group) > 1 for group in _by_context(replies)):
-        rule = "a teacher compares two or more replies of one conversation"
-        raise UserError(f"{', '.join(map(str, paths))}: no conversation has two replies; {rule}")
+    if sum(len(group) > 1 for group in _by_context(replies)) < 2:
+        found = f"{len(replies)} different replies, and not two conversations with two of them"
+        rule = "a teacher compares replies of one conversation, and one conversation is held out"
+        raise UserError(f"{', '.join(map(str, paths))}: {found}; {rule}")
     return list(replies)
 
 
@@ -78,7 +84,9 @@ def _by_context(replies) -> list[list[JudgedReply]]:
 
 def read_by_teacher(worker: Worker, teacher: Path, replies: list[JudgedReply], rubric: Rubric) -> Readings:
     """Return what the teacher makes of each reply that it can read; nothing is read twice."""
-    judge = Judge(worker, teacher, rubric)
+    judge = Judge(worker, teacher, rubric, gpu_layers=-1)
+    if machine.has_gpu() and not judge.info["gpu"]:
+        say("  the teacher runs on the CPU: `doctor` says why")
     method = "likert" if judge.info["n_params"] >= BIG else "ask"
     asked = [(c, method) for c in rubric.criteria if c.taught]
     key = f"{file_hash(teacher)}-{rubric.hash}-{method}-v{READING_VERSION}"
@@ -95,7 +103,8 @@ def read_by_teacher(worker: Worker, teacher: Path, replies: list[JudgedReply], r
         say(f"the teacher {teacher.name} reads {total} replies by {method}; {len(replies) - total} are known")
         with progress("replies", total) as on_progress, open(kept, "a", encoding="utf-8") as file:
             done = 0
-            for group in groups:  # one conversation: its context is decoded once
+            batches = [group[i : i + AT_ONCE] for group in groups for i in range(0, len(group), AT_ONCE)]
+            for group in batches:  # of one conversation: its context is decoded once for them
                 for reply, row in zip(group, judge.numbers(group, asked, guarded=False)):
                     numbers = {name: raw for (name, _), raw in row.items() if raw is not None}
                     known[_name(reply)] = numbers
@@ -135,7 +144,7 @@ def soft_pairs(readings: Readings, seed: int) -> tuple[list[dict], list[dict]]:
                 kept.append(_pair(name, better, worse.reply) | {"target": sigmoid(SHARPNESS * gap)})
     if not learn or not test:
         few = f"{len(learn)} pairs to learn from and {len(test)} to test on"
-        raise UserError(f"the teacher tells too few replies apart ({few}); give more replies")
+        raise UserError(f"the teacher tells too few replies apart ({few}); more conversations are needed")
     return learn, test
 
 

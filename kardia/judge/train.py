@@ -12,7 +12,6 @@ row. Pairs are varied by rule (`vary`), never at exam time. A teacher's pairs (t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -28,7 +27,7 @@ from kardia.core.machine import read_config
 from kardia.core.options import DATA, CommonOptions, option
 from kardia.data.rows import find_span
 from kardia.data.rubric import Cue, Rubric, load_rubric
-from kardia.judge.exam import load_pairs, situation
+from kardia.judge.exam import ExamError, load_pairs, situation
 from kardia.judge.exam_statistics import right_or_wrong, wilson
 from kardia.judge.guards import rules
 from kardia.judge.judge import REPLY_TOKENS, JudgedReply
@@ -46,7 +45,7 @@ class JudgeTrainOptions(CommonOptions):
     """Hold the options of `judge train`."""
 
     judge: str = option(EMBEDDED, "Base of the judge: a .gguf file or a local directory.")
-    pairs: Path = option(DATA / "judge_train.jsonl", "Pairs as in data/judge_train.jsonl to learn from.")
+    pairs: Path = option(DATA / "judge_train.jsonl", "Pairs to learn from (not with --teacher).")
     exam_pairs: Path = option(DATA / "judge_exam.jsonl", "Pairs to test on; they are not among the first.")
     dialogues: Path = option(
         DATA / "dialogues.jsonl", "Written answers that stand against those of --against."
@@ -275,27 +274,41 @@ def accuracy(margins: Margins, pairs: list[dict]) -> tuple[float, float, float]:
     return (right / len(pairs), *wilson(right, len(pairs)))
 
 
-def _check_apart(path: Path, pairs: list[dict], exam_path: Path, held_out: list[dict]) -> None:
+def _check_apart(name: Any, pairs: list[dict], tested: Any, held_out: list[dict]) -> None:
     """Raise UserError if pairs to learn from and pairs to test on share a situation."""
     if shared := {situation(p) for p in pairs} & {situation(p) for p in held_out}:
         rule = "a judge must not be examined on what it was trained on"
-        raise UserError(f"{path} and {exam_path} share {len(shared)} situations; {rule}")
+        raise UserError(f"{name} and {tested} share {len(shared)} situations; {rule}")
 
 
 def _pairs(
     options: Any, criteria: list[str], draw: Callable | None, teach: Callable | None
 ) -> tuple[list[dict], list[dict]]:
     """Return (pairs to learn from, pairs to test on); what takes minutes comes once the files are checked."""
+    try:
+        exam = load_pairs(options.exam_pairs, criteria)
+    except ExamError:
+        if not teach:
+            raise
+        exam = []  # a teacher is for those who have no pairs
     pairs = [] if teach else load_pairs(options.pairs, criteria)
-    held_out = load_pairs(options.exam_pairs, criteria)
-    _check_apart(options.pairs, pairs, options.exam_pairs, held_out)
-    if draw:
-        pairs += draw()
-        _check_apart(options.dialogues, pairs, options.exam_pairs, held_out)
-    if teach:
-        taught, held_out = teach()
-        pairs += taught
-    return pairs, held_out
+    _check_apart(options.pairs, pairs, options.exam_pairs, exam)
+    taught, held_out = teach() if teach else ([], exam)
+    _check_apart("the replies", taught, options.exam_pairs, exam)
+    drawn = draw() if draw else []
+    for name, tested in ((options.exam_pairs, exam), ("the replies held out", held_out)):
+        _check_apart(options.dialogues, drawn, name, tested)
+    return pairs + taught + drawn, held_out
+
+
+def _check_start(options: Any, out: Path, kept: Path, resume: bool, cues: dict) -> None:
+    """Raise UserError if there is nothing to learn, or if something would be overwritten."""
+    if not cues:
+        rule = "a LoRA learns one of ask and contrast"
+        raise UserError(f"{options.rubric}: no criterion is read by cues or a question; {rule}")
+    check_new(out)
+    if kept.exists() and not resume:
+        raise UserError(f"{kept}: of an interrupted training; go on with --resume, or remove it")
 
 
 def train_judge(
@@ -314,9 +327,9 @@ def train_judge(
     """
     rubric = load_rubric(options.rubric)
     cues = {c.name: c.cues_of(c.taught) for c in rubric.criteria if c.taught}
-    check_new(out)
+    base, kept = resolve_base(options.judge), out.with_name(f"{out.name}.partial")
+    _check_start(options, out, kept, resume, cues)  # now, before the minutes of reading
     pairs, held_out = _pairs(options, list(cues), draw, teach)
-    base = resolve_base(options.judge)
     rank, tokenizer = options.lora_rank, load_tokenizer(base)
     sizes = {"rank": rank, "alpha": 2 * rank, "last_layers": options.last_layers, "seed": options.seed}
     model = load_policy(base, 16, **sizes)
@@ -331,7 +344,7 @@ def train_judge(
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
     margins = Margins(model, encode, start, cues)
     before, began = accuracy(margins, held_out), time.monotonic()
-    right = f"{before[0]:.0%} right ({before[1]:.0%} to {before[2]:.0%}) on {len(held_out)} held-out pairs"
+    right = f"{before[0]:.0%} right on {len(held_out)} held-out pairs"
     say(f"training on {len(pairs)} pairs and what is derived from them; before: {right}")
     first: list[int] = []  # the first step of this process, after a resume
 
@@ -341,10 +354,10 @@ def train_judge(
             each = (time.monotonic() - began) / (step - first[0] + 1)
             say(f"  step {step:>3}/{steps}  loss {loss:.3f}  {each * (steps - step) / 60:.1f} min left")
 
-    facts = [base.hash, rubric.hash, json.dumps(pairs), str(dataclasses.asdict(options))]
-    kept = Progress(out.with_name(f"{out.name}.partial"), digest("".join(facts).encode()), resume)
-    train(model, margins, pairs, options, on_progress, kept)
+    numbers = (options.epochs, options.learning_rate, options.batch_size, sizes)
+    key = digest(f"{base.hash}{rubric.hash}{json.dumps(pairs)}{numbers}".encode())
+    train(model, margins, pairs, options, on_progress, Progress(kept, key, resume))
     after = accuracy(margins, held_out)
     write_lora_gguf(*lora_of(model), read_config(base.directory), out, half=True)
-    kept.path.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return {"before": before, "after": after, "pairs": len(held_out), "seconds": time.monotonic() - began}
