@@ -128,6 +128,8 @@ def test_the_lora_of_a_4_bit_model_is_trained_in_float32(little, tmp_path, commo
     # The reference is the SFT adapter, to the last bit. (One such step's KL may be below float32's
     # resolution.)
     assert first["kl"] == 0 and 0 <= second["kl"] < 1
+    # Without a judge the rubric was not computed, which is not 0.
+    assert "rewards/format/mean" in first and not [name for name in first if "rubric" in name]
 
 
 def the_whole_way(engine, bits, model, work, common, monkeypatch):

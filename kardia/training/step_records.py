@@ -4,6 +4,7 @@ tokens."""
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +100,7 @@ class StepRecords:
                 self.run.append(name, everyone)
         seconds = round(self.seconds + time.monotonic() - began, 3)
         facts = {"time/inspect": seconds, **_witness_means(answers)} if inspected else {}
-        return facts | self.measure(step)
+        return facts | self.measure(step) | _not_computed(answers)
 
     def _inspect(self, step: int) -> list[dict]:
         """Return what the update did to the tokens of the group whose rewards differed most.
@@ -139,6 +140,13 @@ def _prompt_facts(dialogue) -> dict[str, Any]:
         "situation": dialogue.situation,
         "messages": [{"role": role, "content": content} for role, content in dialogue.messages],
     }
+
+
+def _not_computed(answers: list[dict]) -> dict[str, float]:
+    """Return NaN, which is not logged, for components that no answer has: TRL was handed 0 for them."""
+    names = answers[0]["components"] if answers else {}
+    missing = [name for name in names if all(row["components"][name] is None for row in answers)]
+    return {f"rewards/{name}/{part}": math.nan for name in missing for part in ("mean", "std")}
 
 
 def _witness_means(answers: list[dict]) -> dict[str, float]:
