@@ -12,7 +12,7 @@ from test_checkpoints import forks, short_rows, spawn, victim
 
 from kardia.core.run_directory import Run
 
-STEPS = int(os.environ.get("SOAK", "40"))
+STEPS = int(os.environ.get("SOAK", "100"))
 FILES = {".lock", ".rollout-lora.gguf", "completions.jsonl", "log.jsonl", "run.json", "tokens.jsonl"}
 
 
@@ -57,7 +57,8 @@ def test_many_steps_leave_no_trace(little, pairs, tmp_path):
     assert code == 0, log.read_text()[-3000:]
     samples = json.loads(samples.read_text())
     assert len(samples) == STEPS
-    warm, end = samples[STEPS // 5 : 2 * STEPS // 5], samples[-STEPS // 5 :]
+    # torch keeps kernels per shape of a pass: memory grows in bursts until about step 35, then no more.
+    warm, end = samples[2 * STEPS // 5 : 3 * STEPS // 5], samples[-STEPS // 5 :]
     for who in ("trainer", "worker"):
         columns = [list(zip(*[sample[who] for sample in part])) for part in (warm, end)]
         before, after = ([statistics.median(values) for values in part] for part in columns)
