@@ -105,9 +105,8 @@ class Criterion:
     @property
     def taught(self) -> str:
         """Return the method that a judge's LoRA is trained on: the first that reads words after a cue."""
-        read = [
-            m for method in self.methods for m in ([m for m, _ in self.mix] if method == "mix" else [method])
-        ]
+        parts = {"mix": [method for method, _ in self.mix]}
+        read = [part for method in self.methods for part in parts.get(method, [method])]
         return next((method for method in read if method in ("ask", "contrast")), "")
 
     def cues_of(self, method: str) -> tuple[Cue, ...]:

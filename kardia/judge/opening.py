@@ -116,6 +116,7 @@ def open_judge(
     result = distributed.same(result)
     for entry in (result, *result["criteria"].values()):  # the shipped one has its own witness
         entry.pop("witness", None)
+    result.pop("witness_key", None)
     apply(judge, result)
     if isinstance(options, WitnessedJudgeOptions):
         _call_witness(judge, result, resolve_witness(options.witness), pairs_path)

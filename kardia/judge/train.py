@@ -59,11 +59,10 @@ class JudgeTrainOptions(CommonOptions):
 
 def vary(pairs: list[dict], rng: random.Random) -> list[dict]:
     """Return the pairs and what derives from them: 1.9 times as many, a quarter without situation."""
+    facts = {"relevance": situation, "persona_consistency": lambda row: row.get("person")}
     varied = list(pairs)
     for pair in pairs:
-        other = rng.choice(pairs)
-        facts = {"relevance": situation, "persona_consistency": lambda row: row.get("person")}
-        fact = facts.get(pair["criterion"])
+        other, fact = rng.choice(pairs), facts.get(pair["criterion"])
         # Another dialogue's reply does not fit this person or situation, however good it is.
         if fact and fact(other) != fact(pair):
             varied.append({**pair, "worse": other["better"]})
