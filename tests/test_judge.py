@@ -18,6 +18,7 @@ from kardia.judge.exam_statistics import chance, choose_method, fit_calibration,
 from kardia.judge.guards import guard
 from kardia.judge.judge import (
     KNOWN_BAD,
+    USUAL_TOKENS,
     Calibration,
     Judge,
     JudgedReply,
@@ -135,7 +136,7 @@ def test_a_judge_reads_each_method_from_its_own_words(rubric):
     judge = Judge(worker, "j.gguf", rubric)
     empathy = next(c for c in rubric.criteria if c.name == "empathy")
     replies = [judged("Take your time."), judged(" I hear you. "), judged("I hear you.", situation="")]
-    numbers = judge.numbers(replies, [(empathy, m) for m in ("ask", "contrast", "pmi")])
+    numbers = judge.numbers(replies, [(empathy, m) for m in ("ask", "contrast", "pmi", "likelihood")])
     # One prefix per context, and pmi's bare one.
     assert [len(asked[1]) for asked in worker.asked] == [2, 2, 1, 1]
     prefix, ids, suffixes, _ = worker.asked[0]
@@ -143,7 +144,9 @@ def test_a_judge_reads_each_method_from_its_own_words(rubric):
     assert [text_of(reply) for reply in ids] == [" Take your time.", " I hear you."]
     assert text_of(suffixes[0][0]) == empathy.ask and [text_of(w) for w in suffixes[0][1]] == [" yes", " no"]
     assert numbers[0]["empathy", "ask"] == -4 - (-4)  # " yes" first, " no" second: lengths 4 and 3
-    assert numbers[0]["empathy", "pmi"] == pytest.approx(-(len(prefix) - len("Listener:") - 1))
+    gain, tokens = -(len(prefix) - len("Listener:") - 1), len(" Take your time.")
+    assert numbers[0]["empathy", "pmi"] == pytest.approx(gain * tokens / (tokens + USUAL_TOKENS))
+    assert numbers[0]["empathy", "likelihood"] == pytest.approx(-len(prefix))
     assert judge.scores([judged(" \n")]) == [dict.fromkeys(rubric.weights, 0.0)]  # a guard: no model is asked
     assert len(worker.asked) == 4
     free = Judge(worker, "j.gguf", dataclasses.replace(rubric, guards=()))
@@ -172,8 +175,9 @@ def test_methods_that_suit_a_judge(rubric):
         judge = Judge(FakeWorker(n_params=n_params), "j", rubric)
         assert judge.candidates(criterion) == tuple(m for m in METHODS if m not in left_out)
     taught = Judge(FakeWorker(), "j", rubric, lora="l.gguf")
-    assert taught.candidates(criterion) == ("ask",) and taught.chosen(criterion) == "ask"
-    assert taught.candidates(dataclasses.replace(criterion, methods=("mix", "ask"))) == ("contrast",)
+    assert taught.candidates(criterion)[:2] == ("ask", "contrast") and taught.chosen(criterion) == "ask"
+    mixed = dataclasses.replace(criterion, methods=("mix", "ask"))
+    assert taught.candidates(mixed) == ("contrast", "mix")  # the LoRA's own part first; the exam chooses
     digits = dataclasses.replace(criterion, methods=("likert",))
     assert taught.candidates(digits) == ("likert",)  # what is left if nothing suits
     taught.method[criterion.name] = "pmi"
@@ -181,7 +185,9 @@ def test_methods_that_suit_a_judge(rubric):
 
 
 def test_what_does_not_fit_is_unknown_and_never_zero(rubric):
-    judge = Judge(FakeWorker(context=1200), "j", rubric)
+    cues = [cue for c in rubric.criteria for cue in c.cues]
+    tail = sum(len("".join((cue.text, *cue.good, *cue.bad))) for cue in cues)
+    judge = Judge(FakeWorker(context=tail + 200), "j", rubric)
     replies = ["I hear you.", " ".join(CASES["spared"][:12])]
     short, long = judge.scores([judged(reply) for reply in replies])
     assert None not in short.values() and set(long.values()) == {None}  # each by itself
@@ -204,13 +210,14 @@ def test_calibrated_scores_and_the_witness(rubric):
     assert judge.witness_scores([judged("I hear you."), judged("")]) == [{"safety": 0.5}, {"safety": 0.0}]
     questions = [text_of(suffix[0]) for suffix in judge.witness.worker.asked[-1][2]]
     assert questions == [c.held_out for c in rubric.criteria if c.name == "safety"]
-    bare = dataclasses.replace(rubric.criteria[0], name="bare", cues=(), held_out="", methods=("ask",))
+    nothing = {"cues": (), "held_out": "", "mix": ()}
+    bare = dataclasses.replace(rubric.criteria[0], name="bare", methods=("ask",), **nothing)
     judge.witness.rubric = dataclasses.replace(rubric, criteria=(*rubric.criteria, bare))
     assert list(judge.witness_scores([judged("I hear you.")])[0]) == [
         "safety"
     ]  # nothing of what it cannot read
-    persona = next(c for c in rubric.criteria if c.name == "persona_consistency")
-    assert judge.witness.candidates(persona) == ("held_out",)  # it has no cues
+    plain = dataclasses.replace(bare, held_out="\nIs it? Answer:")
+    assert judge.witness.candidates(plain) == ("held_out",)  # it has no cues
 
 
 def test_who_is_a_witness(embedded, rubric, tmp_path):
@@ -220,16 +227,18 @@ def test_who_is_a_witness(embedded, rubric, tmp_path):
         resolve_witness(str(tmp_path / "nothing.gguf"))
     fluency = dataclasses.replace(rubric.criteria[0], mix=(("contrast", 2.0), ("pmi", 1.0)))
     for taken, left in (
-        (None, "contrast"),
+        (None, "mix"),
         ("contrast", "held_out"),
-        ("ask", "contrast"),
+        ("ask", "mix"),
         ("mix", "held_out"),
     ):
         witness = Witness(FakeWorker(), "w", rubric, {fluency.name: taken})
         assert witness.candidates(fluency) == (left,), taken
-    bare = dataclasses.replace(fluency, cues=(), held_out="", methods=("pmi",))
+    unmixed = dataclasses.replace(fluency, mix=())
+    assert Witness(FakeWorker(), "w", rubric).candidates(unmixed) == ("contrast",)
+    bare = dataclasses.replace(unmixed, cues=(), held_out="", methods=("pmi",))
     assert Witness(FakeWorker(), "w", rubric).candidates(bare) == ("pmi",)
-    assert Witness(FakeWorker(), "w", rubric, {fluency.name: "mix"}).candidates(bare) == ()
+    assert Witness(FakeWorker(), "w", rubric, {bare.name: "pmi"}).candidates(bare) == ()
 
 
 # ---------------------------------------------------------------- the exam, with a judge made of arithmetic
@@ -344,8 +353,9 @@ def test_verdicts(rubric):
 
 
 def test_a_mixture_adds_up_what_the_rubric_says(rubric):
-    """Two times the contrast and once the pmi; unknown if a part is; a guard's word is final."""
+    """The weighted sum of the raw numbers; unknown if a part is; a guard's word is final."""
     fluency = next(c for c in rubric.criteria if c.name == "fluency")
+    fluency = dataclasses.replace(fluency, mix=(("contrast", 2.0), ("pmi", 1.0)))
     judge = Judge(FakeWorker(), "j", rubric)
     replies = [judged("I hear you."), judged("Score: 5")]
     methods = [(fluency, m) for m in ("contrast", "pmi", "mix")]
@@ -355,7 +365,10 @@ def test_a_mixture_adds_up_what_the_rubric_says(rubric):
     assert refused["fluency", "mix"] == KNOWN_BAD
     small = Judge(FakeWorker(context=60), "j", rubric)
     assert small.numbers(replies[:1], methods[2:]) == [{("fluency", "mix"): None}]
-    tried = take(is_good, rubric, methods=METHODS)["criteria"]["empathy"]["methods"]
+    plain = {"mix": (), "methods": ("contrast",)}
+    unmixed = tuple(dataclasses.replace(c, **plain) if c.name == "empathy" else c for c in rubric.criteria)
+    unmixed = dataclasses.replace(rubric, criteria=unmixed)
+    tried = take(is_good, unmixed, methods=METHODS)["criteria"]["empathy"]["methods"]
     assert "mix" not in tried and "likert" in tried  # this criterion has none
 
 

@@ -53,6 +53,8 @@ def test_components_and_criteria_of_any_name_are_metrics():
     verdict, persona, *others = map(progress.metric_of, names)
     assert (verdict.name, persona.name, others) == ("verdict", "persona consistency", [None, None])
     assert progress.shown_value("frac_reward_zero_std", 0.25) == 0.75  # shown as groups with signal
+    keys = ["held_out/format", "held_out/written_wins"]  # the second is one of its own, and a component's
+    assert progress.in_order(keys) == keys[::-1]
 
 
 def test_the_board_shows_everything_a_step_says(capsys):

@@ -61,9 +61,11 @@ def test_many_steps_leave_no_trace(little, pairs, tmp_path):
     warm, end = samples[2 * STEPS // 5 : 3 * STEPS // 5], samples[-STEPS // 5 :]
     for who in ("trainer", "worker"):
         columns = [list(zip(*[sample[who] for sample in part])) for part in (warm, end)]
-        before, after = ([statistics.median(values) for values in part] for part in columns)
-        assert after[0] < 1.05 * before[0] and after[1:] == before[1:], (before, after)
-        assert max(sample[who][1] for sample in end) <= max(sample[who][1] for sample in warm)
+        before, after = (statistics.median(values[0]) for values in columns)
+        assert after < 1.05 * before, (who, before, after)
+        # A file that is open at the moment of a look is no leak; one that stays raises the minimum.
+        before, after = ([min(values) for values in part[1:]] for part in columns)
+        assert after <= before, (who, before, after)
     assert end[-1]["temporary"] <= warm[0]["temporary"]
     for sample in end:
         others = [name for name in sample["files"] if name not in FILES]

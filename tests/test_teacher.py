@@ -63,7 +63,7 @@ def test_replies_of_files_and_of_runs(tmp_path, rubric):
 
 def test_mistakes_in_replies(tmp_path, rubric):
     for rows, expected in (
-        ([row("a"), {"messages": 5}], r"mine.jsonl:2: found .* / expected messages and response"),
+        ([row("a"), {"messages": 5}], r"mine.jsonl:2: found .* / expected \{messages: "),
         ([row("a"), row("b", said="It snows.")], "2 different replies, and not two conversations"),
     ):
         with pytest.raises(k.UserError, match=expected):

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from kardia.cli.process import FILE, configure_process
-from kardia.core.console import UserError, progress, say, shorten
-from kardia.core.files import as_json_lines, check_new, json_lines, write_json, write_text
+from kardia.core.console import UserError, progress, say
+from kardia.core.files import as_json_lines, check_new, write_json, write_text
 from kardia.core.options import DATA, RUBRIC, option, options
 from kardia.core.run_directory import Run
 from kardia.data.people import load_rated
@@ -19,13 +19,13 @@ from kardia.judge.agreement import agreement, compare_with_people, merged, rated
 from kardia.judge.judge import (
     WITNESS,
     Judge,
-    JudgedReply,
     JudgeOptions,
     WitnessedJudgeOptions,
     resolve_judge,
     weighted,
 )
 from kardia.judge.opening import open_judge, unfit
+from kardia.judge.replies import read_replies
 from kardia.judge.teacher import load_replies, read_by_teacher, soft_pairs
 from kardia.judge.train import JudgeTrainOptions, pairs_against, train_judge
 from kardia.llama.gguf_header import check_gguf
@@ -230,22 +230,3 @@ def judge_score(file: Path, options: ExamOptions, out: Path) -> None:
         context = f"the judge's context of {scorer.info['n_ctx_train']} tokens"
         summary += f", {unknown} of them null: their dialogue does not fit {context}"
     click.echo(summary)
-
-
-ROW = "{messages: [{role: user or assistant, content}], response, persona?, situation?}, all texts"
-
-
-def read_replies(file: Path, form) -> tuple[list[dict], list]:
-    """Return (rows, what the judge reads of each). Raises UserError with every bad line of the file."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected JSONL rows with messages and response")
-    rows, replies, errors = [], [], []
-    for number, row, problem in json_lines(file):
-        try:
-            replies.append(JudgedReply.from_row(row, form))
-            rows.append(row)
-        except ValueError:
-            errors.append(f"{file}:{number}: found {problem or shorten(row)} / expected {ROW}")
-    if errors or not rows:
-        raise UserError("\n".join(errors[:50]) or f"{file}: no rows")
-    return rows, replies

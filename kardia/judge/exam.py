@@ -24,7 +24,7 @@ from kardia.judge.guards import rules
 from kardia.judge.judge import Calibration, Judge, JudgedReply, Numbers
 
 # Raise it when the code between a reply and its number changes: every exam is then taken again (minutes).
-READING_VERSION = 2
+READING_VERSION = 3
 FEWEST = 10  # pairs of a criterion that can tell anything
 REFERENCE = "reference"  # instead of a criterion: a written reply and a small model's; all criteria are asked
 Side = tuple[Numbers, Numbers]  # the judge's numbers of (better, worse)

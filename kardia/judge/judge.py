@@ -1,11 +1,12 @@
 """Ask a GGUF what it makes of a reply, without letting it write: every score is read off log-probabilities.
 
 The context (profile, situation, turns) is decoded once, each reply once, and the criteria are short branches
-of it (`Worker.branches`). Five methods, one number each, higher is better:
+of it (`Worker.branches`). Six methods, one number each, higher is better:
 
     ask        log p(" yes") - log p(" no") after a question about the reply
     contrast   log p(any good word) - log p(any bad word) after a cue, averaged over the criterion's cues
-    pmi        (log p(reply | context) - log p(reply | nothing)) / tokens of the reply
+    pmi        (log p(reply | context) - log p(reply | nothing)) / (tokens of the reply + USUAL_TOKENS)
+    likelihood log p(reply | context) / tokens of the reply
     likert     expected digit of 1..5 after "Score: " in the judge's chat template
     mix        a weighted sum of some of the above, with the weights of the rubric
 
@@ -34,6 +35,9 @@ from kardia.models.base import EMBEDDED, embedded_gguf, resolve_base
 from kardia.models.chat_template import render_template
 
 REPLY_TOKENS = 400  # a longer reply is judged by its beginning; answers here are about 40 tokens
+# A usual reply's length. Per token alone, pmi is largest for a reply of three words, which says little; GRPO
+# found that within 60 steps (docs/judge.md).
+USUAL_TOKENS = 32
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
 ASKED = 300_000_000  # parameters from which `ask` is worth trying; on less it is a coin (docs/judge.md)
 BIG = 1_000_000_000  # parameters from which `likert` is worth asking for: right on 0.39 of the pairs at 135M
@@ -162,13 +166,12 @@ class Judge:
     def candidates(self, criterion: Criterion) -> tuple[str, ...]:
         """Return the criterion's methods that suit this judge; all of them if none does.
 
-        A judge with a LoRA is read by what it was taught. Questions and digits are for bigger ones.
+        A judge with a LoRA is first read by what it was taught. Questions and digits are for bigger ones.
         """
-        if self.lora and criterion.taught:
-            return (criterion.taught,)
         fewest = {"ask": ASKED, "likert": BIG}
         suits = tuple(m for m in criterion.methods if self.info["n_params"] >= fewest.get(m, 0))
-        return suits or criterion.methods
+        taught = (criterion.taught,) if self.lora and criterion.taught else ()
+        return tuple(dict.fromkeys((*taught, *(suits or criterion.methods))))
 
     def chosen(self, criterion: Criterion) -> str:
         """Return the method the criterion is asked by."""
@@ -246,7 +249,7 @@ class Judge:
         return {i: ids for i, ids in replies.items() if others + len(ids) <= self.info["n_ctx_train"]}
 
     def _read_plain(self, context: str, texts: dict[int, str], wanted: list, results: list[Numbers]) -> None:
-        """Read ask, contrast and pmi of the replies in one context into `results`."""
+        """Read ask, contrast, pmi and likelihood of the replies in one context into `results`."""
         prefix = self._start() + self.worker.tokenize(self.role, [context])[0]
         cues = dict.fromkeys(cue for c, method in wanted for cue in c.cues_of(method))  # each is asked once
         suffixes = [(self._ids(cue.text), [self._ids(w) for w in (*cue.good, *cue.bad)]) for cue in cues]
@@ -254,9 +257,10 @@ class Judge:
         replies = self._fitting({i: f" {text}" for i, text in texts.items()}, len(prefix) + tail)
         if not replies:
             return
-        pmi, ids = any(method == "pmi" for _, method in wanted), list(replies.values())
-        answers = alone = self.worker.branches(self.role, prefix, ids, suffixes, score_reply=pmi)
-        if pmi:
+        methods, ids = {method for _, method in wanted}, list(replies.values())
+        scored = not methods.isdisjoint(("pmi", "likelihood"))
+        answers = alone = self.worker.branches(self.role, prefix, ids, suffixes, score_reply=scored)
+        if "pmi" in methods:
             nothing = self._start() + self._ids("Listener:")
             alone = self.worker.branches(self.role, nothing, ids, [], score_reply=True)
         for i, answer, bare in zip(replies, answers, alone):
@@ -267,7 +271,10 @@ class Judge:
             for c, method in wanted:
                 own = c.cues_of(method)
                 if method == "pmi":
-                    results[i][c.name, method] = (answer["reply"] - bare["reply"]) / len(replies[i])
+                    gain = answer["reply"] - bare["reply"]
+                    results[i][c.name, method] = gain / (len(replies[i]) + USUAL_TOKENS)
+                elif method == "likelihood":
+                    results[i][c.name, method] = answer["reply"] / len(replies[i])
                 elif own:
                     results[i][c.name, method] = sum(margins[cue] for cue in own) / len(own)
 

@@ -39,8 +39,8 @@ WITNESS_PAIRS = 12  # of each criterion: if it is right on ten, it is no coin (9
 class Witness(Judge):
     """Another reader than the judge, without a LoRA, on the CPU: its scores are never rewarded.
 
-    It reads a criterion by contrast, else by its held-out question, else by pmi. Of a judge that has no LoRA
-    either and the same file, it takes no reading that is rewarded (`taken`).
+    It reads a criterion by its mixture, else by contrast, by its held-out question or by pmi. If the judge is
+    the same file without a LoRA, it takes no reading that is rewarded (`taken`) or has a rewarded part.
     """
 
     role = "witness"
@@ -52,11 +52,13 @@ class Witness(Judge):
     def candidates(self, criterion: Criterion) -> tuple[str, ...]:
         """Return the one reading of a criterion that suits a witness; () if there is none.
 
-        One, because every reading is an exam of its own; contrast agrees best with people (docs/judge.md).
+        One, because every reading is an exam of its own; mixtures agree best with people (docs/judge.md).
         """
+        parts = tuple(method for method, _ in criterion.mix)
         taken = self.taken.get(criterion.name)
-        rewarded = {taken, *(method for method, _ in criterion.mix if taken == "mix")}
+        rewarded = {taken, *(parts if taken == "mix" else ())}
         readable = {
+            "mix": parts if rewarded.isdisjoint(parts) else (),
             "contrast": criterion.cues,
             HELD_OUT: criterion.held_out,
             "pmi": "pmi" in criterion.methods,

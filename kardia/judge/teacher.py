@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kardia.core import machine
-from kardia.core.console import UserError, progress, say, shorten
+from kardia.core.console import UserError, progress, say
 from kardia.core.files import (
     as_json_lines,
     cache_directory,
@@ -33,6 +33,7 @@ from kardia.data.rows import find_span
 from kardia.data.rubric import Rubric, check_same_format
 from kardia.judge.exam import READING_VERSION
 from kardia.judge.judge import BIG, Judge, JudgedReply
+from kardia.judge.replies import read_replies
 from kardia.llama.sampling import sigmoid
 from kardia.llama.worker import Worker
 
@@ -51,23 +52,12 @@ def load_replies(paths: list[Path], rubric: Rubric) -> list[JudgedReply]:
     """
     replies: dict[JudgedReply, None] = {}
     for path in paths:
-        file = path / "completions.jsonl" if path.is_dir() else path
-        if not file.is_file():
-            rule = "expected JSONL rows with messages and response, or a GRPO run with completions.jsonl"
-            raise UserError(f"{file}: no such file; {rule}")
         if path.is_dir() and (path / "run.json").is_file():
             check_same_format(path, Run(path).facts, rubric.form)
-        for number, row, problem in json_lines(file):
-            drawn = row.get("completion") if isinstance(row, dict) else None
-            if drawn is not None:
-                if not isinstance(drawn, str) or not find_span(drawn, rubric.form.reply):
-                    continue  # an answer without a reply is the format's business
-                row = {**row, "response": drawn}
-            try:
-                replies[JudgedReply.from_row(row, rubric.form)] = None
-            except ValueError as error:
-                found = problem or shorten(row)
-                raise UserError(f"{file}:{number}: found {found} / expected messages and response") from error
+        rows, read = read_replies(path / "completions.jsonl" if path.is_dir() else path, rubric.form)
+        # An answer without a reply is the format's business.
+        kept = ("completion" not in row or find_span(row["completion"], rubric.form.reply) for row in rows)
+        replies |= dict.fromkeys(itertools.compress(read, kept))
     if sum(len(group) > 1 for group in _by_context(replies)) < 2:
         found = f"{len(replies)} different replies, and not two conversations with two of them"
         rule = "a teacher compares replies of one conversation, and one conversation is held out"

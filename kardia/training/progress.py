@@ -67,7 +67,10 @@ def metric_of(key: str) -> Metric | None:
 
 def in_order(keys) -> list[str]:
     """Return the keys of known metrics in the order of METRICS, whatever order the log has."""
-    return [key for pattern in METRICS for key in keys if _matches(pattern, key) is not None]
+    # A key may match a general pattern beside its own, which comes first.
+    return list(
+        dict.fromkeys(key for pattern in METRICS for key in keys if _matches(pattern, key) is not None)
+    )
 
 
 def shown_value(key: str, value: float) -> float:
