@@ -25,7 +25,7 @@ STEPS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 @click.option("--out", type=FILE, default=Path("runs/demo"), show_default=True, help="Directory to make.")
 @click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 def demo(out: Path, seed: int) -> None:
-    """Run the whole story on the embedded model in 10 to 30 minutes.
+    """Run the whole story on the embedded model in about ten minutes.
 
     Data check, SFT, judge exam, GRPO, evaluate, export, report, one chat turn, sized for two CPU cores. Every
     step is the command line that it prints, in a process of its own, so its memory comes back.
