@@ -136,6 +136,7 @@ def test_greedy_truncated_and_reported(worker):
 def test_one_tree_equals_single_decodes_and_nothing_depends_on_what_stands_beside(worker, small):
     prefix, replies = PROMPTS[2], [PROMPTS[0], PROMPTS[3], PROMPTS[1]]
     suffixes = [([301, 302], [[311], [312, 313, 314]]), ([305], [[321]])]
+    suffixes.append(([306], [[331, 332], [333], [334, 335]]))
     scores = worker.branches("policy", prefix, replies, suffixes, score_reply=True)
     for reply, score in zip(replies, scores):
         found, expected = [score["reply"]], [log_probs(worker, prefix, reply).sum()]

@@ -168,7 +168,7 @@ class Engine:
         over the cells of all. Else each sequence has its own stream (a prefix is copied) to look over.
         """
         if sequences > MAX_SEQUENCES:
-            limit = f"llama.cpp takes {MAX_SEQUENCES}: lower --group-size"
+            limit = f"llama.cpp takes {MAX_SEQUENCES}: lower --group-size, or give the rubric fewer cues"
             raise LlamaError(f"{sequences} sequences at once; {limit}")
         per_stream = -(-cells // (256 if unified else 256 * sequences)) * 256
         wanted, has = Cells(per_stream, sequences, unified), entry.cells
@@ -251,7 +251,7 @@ class Engine:
         None}; nats, summed over tokens.
         """
         entry = self.models[role]
-        leaves = max(1, sum(len(continuations) for _, continuations in suffixes))
+        leaves = sum(map(_leaves, suffixes)) or 1
         longest = max(map(len, replies), default=0)
         tail = sum(len(cue) + sum(map(len, continuations)) for cue, continuations in suffixes)
         memory = self.context(entry, len(prefix) + longest + tail, leaves)
@@ -303,6 +303,11 @@ class Engine:
         return out
 
 
+def _leaves(suffix: tuple[list[int], list[list[int]]]) -> int:
+    """Return the leaf sequences of a suffix: one per continuation whose tokens are decoded, at least one."""
+    return max(1, sum(len(continuation) > 1 for continuation in suffix[1]))
+
+
 def _token_tree(start: int, reply: list[int], suffixes: Suffixes, leaves: int, score_reply: bool):
     """Return the batch of a reply with its branches, and (suffix, continuation, row, token)s.
 
@@ -312,16 +317,17 @@ def _token_tree(start: int, reply: list[int], suffixes: Suffixes, leaves: int, s
     wanted: list[tuple[int, int, int, int]] = []
     first_leaf = 0
     for s, (cue, continuations) in enumerate(suffixes):
-        mine = list(range(first_leaf, first_leaf + len(continuations)))
-        first_leaf += len(continuations)
-        at = start + len(reply)
+        mine = list(range(first_leaf, first_leaf + _leaves((cue, continuations))))
+        first_leaf += len(mine)
+        free, at = iter(mine), start + len(reply)
         tokens += [(t, at + i, mine, i == len(cue) - 1) for i, t in enumerate(cue)]
         cue_row = len(tokens) - 1
         for c, continuation in enumerate(continuations):
             row = cue_row
+            leaf = next(free) if len(continuation) > 1 else None  # one token is read off the cue's last row
             for i, t in enumerate(continuation):
                 wanted.append((s, c, row, t))
                 if i < len(continuation) - 1:  # the last token is only predicted, never decoded
-                    tokens.append((t, at + len(cue) + i, [mine[c]], True))
+                    tokens.append((t, at + len(cue) + i, [leaf], True))
                     row = len(tokens) - 1
     return tokens, wanted
