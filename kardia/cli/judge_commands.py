@@ -202,10 +202,11 @@ def judge_train(
 @options(ExamOptions)
 @click.option("--out", required=True, type=FILE, help="JSONL file to write.")
 def judge_score(file: Path, options: ExamOptions, out: Path) -> None:
-    """Score rows {messages, response, persona?, situation?}, or a GRPO run's completions.jsonl.
+    """Score rows {messages, response, persona?, situation?}.
 
-    Each gets {scores: {criterion: 0..1}, rubric: 0..1}. A score is the probability that the reply is the
-    better one of an exam pair; null where the judge cannot tell.
+    A GRPO run's completions.jsonl is read, too. Each row gets {scores: {criterion: 0..1}, rubric: 0..1}. A
+    score is the probability that the reply is the better one of an exam pair; null where the judge cannot
+    tell.
 
     \b
     kardia_lite.py judge score replies.jsonl --out scored.jsonl

@@ -15,7 +15,7 @@ from kardia.core.console import CONTROL, UserError, shorten
 from kardia.core.files import digest
 
 LARGEST = 256 << 10  # bytes: a minute of pure Python's YAML would pass for a hang
-METHODS = ("ask", "contrast", "pmi", "likelihood", "likert", "mix")  # explained in kardia/judge/judge.py
+METHODS = ("ask", "chat", "contrast", "pmi", "likelihood", "likert", "mix")  # kardia/judge/judge.py
 HELD_OUT = "held_out"  # `ask` with the criterion's other question: only a witness reads it
 ROW_KEYS = set("person mbti situation anon_username messages".split())  # beside the label's key
 GUARDS = tuple(  # what each refuses: kardia/judge/guards.py

@@ -1,9 +1,10 @@
 """Ask a GGUF what it makes of a reply, without letting it write: every score is read off log-probabilities.
 
 The context (profile, situation, turns) is decoded once, each reply once, and the criteria are short branches
-of it (`Worker.branches`). Six methods, one number each, higher is better:
+of it (`Worker.branches`). Seven methods, one number each, higher is better:
 
     ask        log p(" yes") - log p(" no") after a question about the reply
+    chat       the same in the judge's chat template, Yes or yes against No or no
     contrast   log p(any good word) - log p(any bad word) after a cue, averaged over the criterion's cues
     pmi        (log p(reply | context) - log p(reply | nothing)) / (tokens of the reply + USUAL_TOKENS)
     likelihood log p(reply | context) / tokens of the reply
@@ -41,6 +42,7 @@ USUAL_TOKENS = 32
 KNOWN_BAD = -1e6  # the raw number of a reply that a guard refused; its score is 0
 ASKED = 300_000_000  # parameters from which `ask` is worth trying; on less it is a coin (docs/judge.md)
 BIG = 1_000_000_000  # parameters from which `likert` is worth asking for: right on 0.39 of the pairs at 135M
+IN_CHAT = ("chat", "likert")  # the methods that are asked in the judge's chat template
 MARK = "\u0001"  # stands for untrusted text while a chat template is rendered; no template writes it itself
 
 WITNESS = "Reads what is never rewarded: auto = the embedded model without LoRA, none, a .gguf."
@@ -168,7 +170,7 @@ class Judge:
 
         A judge with a LoRA is first read by what it was taught. Questions and digits are for bigger ones.
         """
-        fewest = {"ask": ASKED, "likert": BIG}
+        fewest = {"ask": ASKED, "chat": ASKED, "likert": BIG}
         suits = tuple(m for m in criterion.methods if self.info["n_params"] >= fewest.get(m, 0))
         taught = (criterion.taught,) if self.lora and criterion.taught else ()
         return tuple(dict.fromkeys((*taught, *(suits or criterion.methods))))
@@ -224,14 +226,14 @@ class Judge:
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
             else:
                 groups.setdefault(reply.context, []).append(i)
-        plain = [(c, method) for c, method in wanted if method != "likert"]
-        digits = [c for c, method in wanted if method == "likert"]
+        plain = [(c, method) for c, method in wanted if method not in IN_CHAT]
+        in_chat = [(c, method) for c, method in wanted if method in IN_CHAT]
         for context, members in groups.items():  # one prefix, all its replies
             texts = {i: replies[i].reply.strip() for i in members}
             if plain:
                 self._read_plain(context, texts, plain, results)
-            if digits:
-                self._read_likert(context, texts, digits, results)
+            if in_chat:
+                self._read_in_chat(context, texts, in_chat, results)
         return results
 
     def _ids(self, text: str) -> list[int]:
@@ -278,26 +280,36 @@ class Judge:
                 elif own:
                     results[i][c.name, method] = sum(margins[cue] for cue in own) / len(own)
 
-    def _read_likert(self, context: str, texts: dict[int, str], asked: list, results: list[Numbers]) -> None:
-        """Read the expected digit of the replies in one context into `results`."""
+    def _read_in_chat(
+        self, context: str, texts: dict[int, str], wanted: list, results: list[Numbers]
+    ) -> None:
+        """Read chat and likert of the replies in one context into `results`, in the judge's chat template."""
         before, after = self._template(context)
         digits = [self._ids(str(digit))[-1:] for digit in range(1, 6)]
+        yes_or_no = [self._ids(word)[-1:] for word in ("Yes", "yes", "No", "no")]
         suffixes = []
-        for c in asked:
-            scale = "Answer with a number from 1 (not at all) to 5 (fully)."
+        for c, method in wanted:
             # The blank belongs to the prompt: many tokenizers have no token for a blank and a digit.
-            text = f"\n\nHow well does this hold: {c.description}? {scale}{after}Score: "
-            suffixes.append((self.worker.tokenize(self.role, [text], special=True)[0], digits))
+            scale = "Answer with a number from 1 (not at all) to 5 (fully)."
+            asked = f"How well does this hold: {c.description}? {scale}{after}Score: "
+            if method == "chat":
+                question = c.cues_of("ask")[0].text.strip().removesuffix("Answer:").strip()
+                asked = f"{question} Answer with yes or no.{after}"
+            words = yes_or_no if method == "chat" else digits
+            suffixes.append((self.worker.tokenize(self.role, [f"\n\n{asked}"], special=True)[0], words))
         replies = self._fitting(texts, len(before) + sum(len(cue) + 5 for cue, _ in suffixes))
         if not replies:
             return
         answers = self.worker.branches(self.role, before, list(replies.values()), suffixes)
         for i, answer in zip(replies, answers):
-            for c, logps in zip(asked, answer["suffixes"]):
+            for (c, method), logps in zip(wanted, answer["suffixes"]):
+                if method == "chat":
+                    results[i][c.name, method] = logsumexp(logps[:2]) - logsumexp(logps[2:])
+                    continue
                 peak = max(logps)
                 weights = [math.exp(x - peak) for x in logps]
                 expected = sum(digit * weight for digit, weight in enumerate(weights, 1)) / sum(weights)
-                results[i][c.name, "likert"] = expected
+                results[i][c.name, method] = expected
 
     def _template(self, context: str) -> tuple[list[int], str]:
         """Return (ids up to the reply, the chat template's text after the user's turn)."""
