@@ -36,6 +36,7 @@ numbers; docs/metrics.md defines every logged number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -51,32 +52,31 @@ from kardia.core.console import UserError, progress, say
 from kardia.core.files import file_hash, shortest_names, write_json
 from kardia.core.options import DATA, CommonOptions, option, options
 from kardia.core.run_directory import Run
+from kardia.data.rewards import RewardOptions, check_functions, own_rewards, with_rewards
 from kardia.data.rows import NO_PROFILE, NO_SITUATION, find_span, read_rows
 from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Rubric, check_same_format, load_rubric
 from kardia.export.run_export import ExportOptions, Tools, run_export
 from kardia.judge.judge import Judge, JudgedReply, WitnessedJudgeOptions, weighted
-from kardia.judge.opening import drop_unfit_criteria, open_judge, refuse_unfit_criteria
-from kardia.llama.gguf_header import check_gguf
+from kardia.judge.opening import open_judge
 from kardia.llama.worker import Worker
 from kardia.models import packed_rows, unsloth
+from kardia.models.answerer import Answerer as AnyAnswerer
 from kardia.models.base import (
     EMBEDDED,
     Base,
     base_of_run,
-    load_into_worker,
     load_tokenizer,
     resolve_base,
 )
-from kardia.models.chat_template import prepare_tokenizer, render_chat
-from kardia.models.generate import llama_answers, load_plain, torch_answers
-from kardia.models.gguf_tokenizer import import_tokenizer
-from kardia.models.policy import load_base, load_trained_lora, lora_gguf_of, new_lora
+from kardia.models.chat_template import render_chat
+from kardia.models.policy import load_base, load_trained_lora, new_lora
 from kardia.results.statistics import reward_trend, summarize
 from kardia.results.tables import evaluation_table, trend_sentence
 from kardia.training import checkpoints, plan, recorder, trainers
-from kardia.training.held_out import HeldOutOptions, open_held_out
+from kardia.training.held_out import HeldOutOptions
+from kardia.training.judging import open_judging
 from kardia.training.progress import Board
-from kardia.training.rollouts import Rollouts
+from kardia.training.rollouts import RolloutOptions, Rollouts
 
 # -------------------------------------------------------------------------------- 1 spans
 
@@ -131,6 +131,7 @@ class Dialogue:
     # (role, content); an assistant's content is a whole answer, all spans.
     messages: tuple[tuple[str, str], ...]
     where: str = ""  # file:line
+    row: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)  # as it was read
 
     @property
     def is_prompt(self) -> bool:
@@ -140,6 +141,11 @@ class Dialogue:
     def first_prompt(self) -> Dialogue:
         """Return the dialogue up to its first user turn: what evaluation asks."""
         return dataclasses.replace(self, messages=self.messages[:1])
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the row as it was read, with the messages of this dialogue: what a reward function gets."""
+        messages = [{"role": role, "content": content} for role, content in self.messages]
+        return {**self.row, "messages": messages}
 
 
 def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dialogue]:
@@ -153,7 +159,7 @@ def load_rows(paths: list[Path], rubric: Rubric, kind: str = "any") -> list[Dial
         turns = tuple((message["role"], message["content"]) for message in row["messages"])
         mbti, name = row.get("mbti", ""), row.get("anon_username", "")
         label = row[rubric.form.label]
-        dialogues.append(Dialogue(row["person"], mbti, label, row["situation"], name, turns, where))
+        dialogues.append(Dialogue(row["person"], mbti, label, row["situation"], name, turns, where, row))
     return dialogues
 
 
@@ -211,7 +217,7 @@ class SFTOptions(TrainOptions):
 
 
 @dataclass
-class GRPOOptions(TrainOptions, WitnessedJudgeOptions, HeldOutOptions):
+class GRPOOptions(TrainOptions, WitnessedJudgeOptions, HeldOutOptions, RolloutOptions, RewardOptions):
     """Hold the options of `grpo`; a resumed run may change the `free` ones."""
 
     data: Path = option(DATA / "prompts.jsonl", "GRPO prompts (JSONL rows that end with a user turn).")
@@ -223,21 +229,11 @@ class GRPOOptions(TrainOptions, WitnessedJudgeOptions, HeldOutOptions):
     steps: int = option(100, "Optimizer steps.", min=1)
     learning_rate: float = option(2e-5, "Constant rate; the demo takes 2e-4 for 135M.", min=0.0)
     max_tokens: int = option(256, "Longest answer, tokens.", min=8, free=True)
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.", min=0.01)
-    top_p: float = option(1.0, "Nucleus sampling of the rollouts (1: off).", min=0.01, max=1.0)
-    min_p: float = option(
-        0.0, "Drop tokens less likely than this share of the best (0: off).", min=0.0, max=1.0
+    advantages: str = option(
+        "grpo", "Compare sums of the components, or each component (gdpo).", choices=("grpo", "gdpo")
     )
     beta: float = option(0.0, "KL penalty towards the SFT adapter (0: none, the usual choice).", min=0.0)
     epsilon: float = option(0.2, "Clip range of the probability ratio.", min=0.0)
-    rollout: str = option(
-        "auto", "Who samples: llama.cpp or transformers (hf).", choices=("auto", "llama", "hf")
-    )
-    rollout_type: str = option(
-        "auto",
-        "Type of the GGUF that samples; bf16 = as torch computes.",
-        choices=("auto", "bf16", "q8_0", "q4_k_m"),
-    )
     save_steps: int = option(10, "Optimizer steps between checkpoints.", min=1)
     inspect_every: int = option(5, "Steps between inspections, which only explain (0: none).", min=0)
     patience: int = option(
@@ -246,7 +242,7 @@ class GRPOOptions(TrainOptions, WitnessedJudgeOptions, HeldOutOptions):
 
 
 @dataclass
-class EvaluateOptions(CommonOptions, WitnessedJudgeOptions):
+class EvaluateOptions(CommonOptions, WitnessedJudgeOptions, RewardOptions):
     """Hold the options of `evaluate`."""
 
     data: Path = option(DATA / "eval.jsonl", "Held-out dialogues; the first user turn of each is asked.")
@@ -468,29 +464,37 @@ def run_sft(options: SFTOptions, run: Run, base: Base, rows: list[Dialogue], for
 class Reward:
     """Hold one answer's reward. None = could not be judged, never 0: such an answer takes no part."""
 
-    components: dict[str, float | None]  # format, the label (emotion), rubric: 0..1
+    components: dict[str, float | None]  # format, the label (emotion), rubric: 0..1; the user's own
     criteria: dict[str, float | None]  # the rubric's parts: 0..1
     problem: str | None  # why the format is not valid
     refused: str | None = None  # why a guard gave 0 to every criterion without asking the judge
     witness: dict[str, float | None] = dataclasses.field(default_factory=dict)  # never rewarded: evaluation
 
-    def total(self, weights: dict[str, float]) -> float | None:
+    def counted(self, rubric: Rubric) -> dict[str, float | None]:
+        """Return the components as they count: behind a gate none does where the format does not hold."""
+        closed = rubric.gate and not self.components["format"]
+        return dict.fromkeys(self.components, 0.0) if closed else self.components
+
+    def total(self, rubric: Rubric) -> float | None:
         """Return the weighted sum; None as soon as a component that carries weight is unknown."""
+        counted, weights = self.counted(rubric), rubric.rewards
         weighty = {name: weight for name, weight in weights.items() if weight}
-        if any(self.components[name] is None for name in weighty):
+        if any(counted[name] is None for name in weighty):
             return None
-        return sum(weight * self.components[name] for name, weight in weighty.items())
+        return sum(weight * counted[name] for name, weight in weighty.items())
 
 
 def score_answers(
     answers: list[tuple[Dialogue, str]], rubric: Rubric, judge: Judge | None, whole_text: bool = False
 ) -> list[Reward]:
-    """Return the rewards of (prompt, answer text) pairs. The three components, as in the paper:
+    """Return the rewards of (prompt, answer text) pairs. The paper's three components, and the user's own:
 
     format   1 if all spans stand there, in order, none empty, nothing outside; else 0
-    emotion  1 if the emotion span is exactly the row's label; else 0 (the span that `answer.label` names)
+    emotion  1 if the emotion span is exactly the row's label; else 0 (the span that `answer.label` names),
+             or what `near` in rubrics.yaml gives a label near it
     rubric   weighted mean of the judge's criteria on the response span alone; without one 0
              (whole_text, for evaluation: the judge reads the whole text, as the person would)
+    --reward what the user's functions return
     """
     rewards, replies, form = [], [], rubric.form
     for dialogue, text in answers:
@@ -502,10 +506,12 @@ def score_answers(
         reply = find_span(text, form.reply)
         if reply is None:
             reply = form.marker.sub(" ", text).strip() if whole_text else ""
-        right = find_span(text, form.label) == dialogue.label
-        components = {"format": float(problem is None), form.label: float(right), "rubric": None}
+        credit = rubric.label_credit(find_span(text, form.label), dialogue.label)
+        components = {"format": float(problem is None), form.label: credit, "rubric": None}
         rewards.append(Reward(components, {}, problem))
         replies.append(JudgedReply.from_dialogue(dialogue, reply, form))
+    for reward, own in zip(rewards, own_rewards(rubric, answers)):
+        reward.components.update(own)
     if judge is not None:
         for reward, reply, scores in zip(rewards, replies, judge.scores(replies)):
             reward.criteria, reward.refused = scores, judge.refused(reply)
@@ -513,12 +519,6 @@ def score_answers(
         for reward, scores in zip(rewards, judge.witness_scores(replies) if whole_text else []):
             reward.witness = scores
     return rewards
-
-
-def weighted_rewards(components, weights):
-    """Return rewards [N] of components [N, K] and weights [K]; a row of NaN (not judged) stays NaN."""
-    rewards = (components * weights).nansum(1)
-    return rewards.masked_fill(components.isnan().all(1), float("nan"))
 
 
 # -------------------------------------------------------------------------------- 8 GRPO
@@ -542,6 +542,30 @@ def group_advantages(rewards, group_size: int):
     variance = ((groups - mean) ** 2).nanmean(1, keepdim=True) * (known / (known - 1))
     advantages = (groups - mean) / (variance.sqrt() + 1e-4)
     return advantages.nan_to_num(nan=0.0).view(-1)
+
+
+def grpo_advantages(components, weights, group_size: int):
+    """Return advantages [N] of components [N, K] and weights [K]: the weighted sums are compared.
+
+    A row of NaN was not judged.
+    """
+    rewards = (components * weights).nansum(1)  # [N]
+    return group_advantages(rewards.masked_fill(components.isnan().all(1), float("nan")), group_size)
+
+
+def gdpo_advantages(components, weights, group_size: int):
+    """Return advantages [N] of components [N, K] and weights [K]: each component is compared, then they are
+    summed (GDPO, arXiv 2601.05242), so that one with small differences is not drowned by another.
+
+        a_ik = (c_ik - mean(c_k)) / (std(c_k) + 1e-4) in its group        s_i = sum_k w_k a_ik
+        advantage_i = (s_i - mean(s)) / (std(s) + 1e-4) over all answers of the step
+    """
+    columns = [group_advantages(column, group_size)[:, None] for column in components.T]  # [N, 1] each
+    sums = sum(weight * column for weight, column in zip(weights, columns))[:, 0]  # [N]
+    return group_advantages(sums.masked_fill(components.isnan().all(1), float("nan")), len(sums))
+
+
+ADVANTAGES = {"grpo": grpo_advantages, "gdpo": gdpo_advantages}
 
 
 def grpo_loss(
@@ -596,39 +620,28 @@ def sample_group(worker: Worker, prompts: list[list[int]], trainer, options: GRP
 def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = False) -> Run:
     """Train an SFT run further with TRL's GRPOTrainer and the functions above. Write every rollout, too."""
     plan.check_grpo(options)  # a mistake in the sizes shows now, before the exam and the run directory
-    parent, rubric = Run(source), load_rubric(options.rubric)
+    parent, rubric = Run(source), with_rewards(load_rubric(options.rubric), options.reward)
     adapter, bits = parent.adapter, parent.facts["bits"]
     check_same_format(parent.path, parent.facts, rubric.form)
     dialogues = load_rows([options.data], rubric, "prompt")
+    spans = {**dict(rubric.form.spans), rubric.form.label: dialogues[0].label}
+    check_functions(rubric, dialogues[0].as_row(), render_answer(spans, rubric.form))
     recorder.check_tracker(options.track)
     base = base_of_run(parent.facts, parent.path)
     engine = unsloth.choose_engine(options.engine, base)
     renderer = Renderer(load_tokenizer(base), rubric.form)
     longest = plan.longest_prompt(renderer, dialogues, base, options.max_tokens)
     before = Run(out).facts if resume and (out / "run.json").is_file() else {}
-    judged = bool(rubric.rewards["rubric"])
     with Worker() as worker:
-        setting, terms = plan.plan_grpo(options, base, engine, bits, adapter, longest, judged, before, worker)
-        judge, result, dropped = None, None, []
-        if judged:
-            layers = options.judge_gpu_layers if setting.judge_on_gpu else 0
-            judge, result = open_judge(worker, rubric, options, layers)
-            refuse_unfit_criteria(result, options, before)  # now, before the policy is asked
-        held_out = open_held_out(options, rubric, judge, setting.rollout, (load_rows, score_answers))
-        if held_out:
-            policy = Answerer(str(source), worker, rubric.form, base)
-            held_out.test_judge(policy, options, setting, base, result, before)
-        if judged:
-            rubric, dropped = drop_unfit_criteria(rubric, result, options, before)
-            judge.rubric = rubric
-        if held_out and dropped:
-            held_out.use(rubric)
+        setting, terms = plan.plan_grpo(options, base, engine, bits, adapter, longest, rubric, before, worker)
+        policy = functools.partial(Answerer, str(source), worker, rubric.form, base)
+        tools = (load_rows, score_answers)
+        judging = open_judging(worker, rubric, options, setting, before, tools, policy)
+        rubric, held_out = judging.rubric, judging.held_out
         hashes = {"data": file_hash(options.data), "rubric": rubric.hash, "model": base.hash}
-        hashes |= {"judge": (result or {}).get("judge_hash", "none"), "adapter": file_hash(adapter)}
-        hashes["held_out"] = held_out.hash if held_out else "none"
+        hashes |= {"adapter": file_hash(adapter), **judging.hashes()}
         facts = {"parent": str(source), "bits": bits, "engine": engine, "rollout": setting.rollout}
-        facts |= {**base.facts(), "form": rubric.form.facts(), "judge_exam": result, "hashes": hashes}
-        facts |= {"dropped_criteria": dropped, "held_out_start": held_out.start if held_out else None}
+        facts |= {**base.facts(), "form": rubric.form.facts(), **judging.facts(), "hashes": hashes}
         with Run.create(out, "grpo", options, resume, **facts) as run:
             if not checkpoints.already_done(run):
                 # A resumed run may draw shorter or fewer answers than before.
@@ -638,7 +651,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
                     setting=dataclasses.asdict(setting),
                     memory_plan=terms,
                 )
-                parts = (worker, renderer, dialogues, options, rubric, judge, base)
+                parts = (worker, renderer, dialogues, options, rubric, judging.judge, base)
                 rollouts = Rollouts(*parts, sample_group, score_answers)
                 rollouts.held_out = held_out
                 run_grpo(options, run, rollouts, setting, adapter, longest)
@@ -661,8 +674,7 @@ def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapte
     trainer_class = trainers.trainer_class(
         trainers.GRPOHooks,
         answer_logps=answer_logps,
-        weighted_rewards=weighted_rewards,
-        group_advantages=group_advantages,
+        advantages=ADVANTAGES[options.advantages],
         grpo_loss=grpo_loss,
     )
     with trainers.lora_unrounded(model):
@@ -680,7 +692,7 @@ def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapte
     # Weights of another type than the trained ones drew the answers: the ratio corrects for that.
     trainer.old_logps_from_sampler = by_llama and (bits == 4 or setting.rollout_type != "bf16")
     records = rollouts.write_to(run, trainer)
-    rollouts.begin_held_out(run)
+    rollouts.begin_held_out(run, trainer.model)
     try:
         checkpoints.train(
             run,
@@ -699,53 +711,10 @@ def run_grpo(options: GRPOOptions, run: Run, rollouts: Rollouts, setting, adapte
 # -------------------------------------------------------------------------------- 9 evaluation
 
 
-class Answerer:
-    """Answer prompts with a base, a run, a merged directory or a GGUF; by llama.cpp where there is a GGUF."""
+class Answerer(AnyAnswerer):
+    """Answer prompts with whatever can answer: `base`, a run, a directory, a GGUF."""
 
-    def __init__(
-        self, source: str, worker: Worker, form: AnswerFormat = DEFAULT_FORMAT, base: Base | None = None
-    ) -> None:
-        self.source, self.worker, self.gguf, self.lora, self.model = source, worker, None, None, None
-        path = Path(source)
-        if source in ("base", EMBEDDED):
-            base = base or resolve_base(EMBEDDED)
-            self.gguf, tokenizer = base.gguf(16), load_tokenizer(base)
-        elif (path / "run.json").is_file():
-            run = Run(path)
-            base, bits = base_of_run(run.facts, path), run.facts["bits"]
-            form = AnswerFormat.of(run.facts.get("form"))
-            self.gguf, tokenizer = base.gguf(bits), load_tokenizer(base)
-            if self.gguf is None:
-                self.model = load_policy(base, "transformers", bits, adapter=run.adapter).eval()
-            else:
-                self.lora = lora_gguf_of(run.adapter, base)
-        elif path.suffix == ".gguf":  # llama.cpp answers, so only the tokenizer is imported
-            self.gguf, tokenizer = check_gguf(path), prepare_tokenizer(import_tokenizer(path), path.name)
-        else:
-            base = resolve_base(source)
-            tokenizer = load_tokenizer(base)
-        if self.gguf is None and self.model is None:
-            self.model = load_plain(base.directory, machine.compute_dtype())
-        self.renderer = Renderer(tokenizer, form)
-
-    def answer(
-        self, dialogues, max_tokens: int, temperature=0.0, seed=0, on_progress=None, show=None
-    ) -> list[str]:
-        """Return one answer per prompt, as text. show(text so far) follows a single one (llama.cpp)."""
-        tokenizer = self.renderer.tokenizer
-        prompts = [self.renderer.prompt(dialogue) for dialogue in dialogues]
-        sampling = (max_tokens, temperature, seed)
-        if self.gguf is None:
-            return torch_answers(self.model, tokenizer, prompts, *sampling, on_progress)
-        load_into_worker(self.worker, self.gguf)
-        self.worker.set_lora("policy", self.lora)
-        context, longest = self.worker.info["policy"]["n_ctx_train"], max(map(len, prompts))
-        if longest + max_tokens > context:
-            raise UserError(
-                f"{self.source}: a prompt of {longest:,} tokens with --max-tokens {max_tokens} is over the "
-                f"{context:,} that it can hold"
-            )
-        return llama_answers(self.worker, "policy", tokenizer, prompts, *sampling, on_progress, show)
+    load_policy, renderer = staticmethod(load_policy), Renderer
 
 
 def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str, Any]:
@@ -754,7 +723,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
     Where a row holds a written answer, the judge also scores that: whoever reads well prefers it to a small
     model's (the reference test).
     """
-    rubric = load_rubric(options.rubric)
+    rubric = with_rewards(load_rubric(options.rubric), options.reward)
     rows = load_rows([options.data], rubric)[: options.limit or None]
     dialogues = [row.first_prompt() for row in rows]
     names, runs = shortest_names(models), [Run(Path(m)) for m in models if (Path(m) / "run.json").is_file()]

@@ -39,6 +39,7 @@ from kardia.core.files import write_json
 from kardia.core.machine import PeakSampler, compute_dtype, default_threads, describe_machine
 from kardia.core.options import PROJECT
 from kardia.judge.judge import resolve_judge
+from kardia.models.base import load_into_worker
 
 PARTS = ("rollout", "judge", "update", "step")
 PARAMETERS = 134_515_008  # of the embedded model
@@ -57,7 +58,9 @@ class Work:
         random.Random(0).shuffle(self.dialogues)
         if getattr(given, "prompt", 0):
             self.dialogues = [self.stretched(dialogue, given.prompt) for dialogue in self.dialogues[:8]]
-        self.options = k.GRPOOptions(group_size=given.group_size, max_tokens=given.tokens, **options)
+        self.options = k.GRPOOptions(
+            group_size=given.group_size, max_tokens=given.tokens, redraw=0, **options
+        )
         self.folder = Path(tempfile.mkdtemp(prefix="bench-grpo-"))
 
     def stretched(self, dialogue, tokens: int):
@@ -97,13 +100,12 @@ class Work:
 
     def ours(self, worker, reward, sample_group):
         """Return our trainer with llama.cpp behind it."""
-        k.load_into_worker(worker, self.base.gguf(16))
+        load_into_worker(worker, self.base.gguf(16))
         parts = (worker, self.renderer, self.dialogues, self.options, self.rubric, None, self.base)
         rollouts = k.Rollouts(*parts, sample_group, k.score_answers)
         rollouts.lora_gguf = self.folder / "lora.gguf"
-        functions = (k.answer_logps, k.weighted_rewards, k.group_advantages, k.grpo_loss)
-        hooks = k.trainers.GRPOHooks
-        trainer_class = k.trainers.trainer_class(hooks, **{f.__name__: f for f in functions})
+        parts = {"answer_logps": k.answer_logps, "advantages": k.grpo_advantages, "grpo_loss": k.grpo_loss}
+        trainer_class = k.trainers.trainer_class(k.trainers.GRPOHooks, **parts)
         trainer = self.trainer(trainer_class, reward, rollouts)
         unpacked_reason = k.trainers.enable_packed_rows("transformers", trainer.model)
         trainer.set_passes(unpacked_reason, self.options.group_size)

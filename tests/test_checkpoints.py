@@ -176,7 +176,7 @@ def whole(tmp_path_factory, little, pairs):
     data, prompts = short_rows(work / "sft.jsonl"), short_rows(work / "grpo.jsonl", "prompts")
     sft = f"sft --model {little} --data {data} {' '.join(SFT)}"
     judge = f"--judge {little} --exam-pairs {pairs} --force-judge --witness none"
-    held_out = f"--held-out {short_rows(work / 'held_out_rows.jsonl')} --held-out-rows 2 --held-out-every 3"
+    held_out = f"--eval-data {short_rows(work / 'held_out_rows.jsonl')} --eval-prompts 2 --eval-every 3"
     lines = {"sft": sft, "grpo": f"grpo --from {work / 'sft'} --data {prompts} {held_out} {judge} {GRPO}"}
     for kind, line in lines.items():
         began = time.monotonic()

@@ -22,7 +22,7 @@ from kardia.training import plan, trainers
 # Eleven dialogues and micro-batches of two: the last step of an epoch is not full.
 SFT = "--limit 11 --batch-size 4 --micro-batch 2 --max-length 700 --learning-rate 3e-3 --save-steps 1"
 GRPO = "--steps 3 --group-size 4 --prompts-per-step 2 --micro-batch 2 --max-tokens 16 --learning-rate 1e-3"
-GRPO += " --held-out-rows 4"
+GRPO += " --eval-prompts 4"
 GRPO += " --inspect-every 1 --save-steps 1"
 ACCELERATE = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
 ACCELERATE += " --main_process_port 0 --mixed_precision no --dynamo_backend no"

@@ -139,7 +139,7 @@ def the_whole_way(engine, bits, model, work, common, monkeypatch):
     sft = f"{SFT} --max-length 700 --max-steps 4 --learning-rate 5e-3 {common}"
     run(f"sft --model {model} --bits {bits} {sft} --out {work}/sft")
     sizes = "--steps 2 --save-steps 1 --group-size 4 --max-tokens 24 --learning-rate 1e-3 --beta 0.01"
-    sizes += " --held-out-rows 2"
+    sizes += " --eval-prompts 2"
     grpo = f"grpo --from {work}/sft {sizes} {common}"
     run(f"{grpo} --out {work}/whole")
     step_done = StepRecords.step_done

@@ -402,7 +402,7 @@ def test_criteria_that_the_judge_failed(rubric):
         {"format": 0.5, "emotion": 0.5, "rubric": 0}
     )
     assert settled(before={"dropped_criteria": dropped})[0].rewards == left.rewards
-    rubric = dataclasses.replace(rubric, rewards={"format": 0.0, "emotion": 0.0, "rubric": 1.0})
+    rubric = dataclasses.replace(rubric, given={"format": 0.0, "emotion": 0.0, "rubric": 1.0})
     with pytest.raises(k.UserError, match="unfit for every criterion"):
         settled(unfit="drop")
 

@@ -138,6 +138,7 @@ def test_the_script_shows_what_trains():
         "sft_loss",
         "score_answers",
         "group_advantages",
+        "gdpo_advantages",
         "grpo_loss",
         "answer_logps",
         "sample_group",

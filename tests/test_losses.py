@@ -8,6 +8,7 @@ import torch
 from conftest import with_lora
 
 import kardia_lite as k
+from kardia.data.rewards import with_rewards
 from kardia.models import packed_rows
 from kardia.training import plan, trainers
 
@@ -207,23 +208,51 @@ def test_grpo_loss_by_hand():
     assert with_kl.item() == pytest.approx(expected + 0.1 * sum(kl) / 4)
 
 
-def test_reward_is_the_weighted_sum_and_unknown_is_never_zero():
-    weights = {"format": 1 / 3, "emotion": 1 / 3, "rubric": 1 / 3}
+def test_reward_is_the_weighted_sum_and_unknown_is_never_zero(rubric):
     known = k.Reward({"format": 1.0, "emotion": 0.0, "rubric": 0.5}, {}, None)
     unknown = k.Reward({"format": 1.0, "emotion": 1.0, "rubric": None}, {}, None)
-    assert math.isclose(known.total(weights), 0.5) and unknown.total(weights) is None
-    assert unknown.total({"format": 0.5, "emotion": 0.5, "rubric": 0.0}) == 1.0
+    assert math.isclose(known.total(rubric), 0.5) and unknown.total(rubric) is None
+    assert unknown.total(with_rewards(rubric, ("rubric=0",))) == 1.0
+
+
+def test_behind_a_gate_content_counts_only_where_the_format_holds(rubric):
+    """An invalid answer has 0 from everything, also from what nobody could judge; a valid one all of its
+    content."""
+    gated = with_rewards(rubric, ("format=gate",))
+    assert gated.rewards == {"format": 0.0, "emotion": 0.5, "rubric": 0.5}
+    invalid = k.Reward({"format": 0.0, "emotion": 1.0, "rubric": None}, {}, "text outside the spans")
+    valid = k.Reward({"format": 1.0, "emotion": 1.0, "rubric": 0.5}, {}, None)
+    assert (invalid.total(gated), valid.total(gated)) == (0.0, 0.75)
+    assert invalid.counted(gated) == {"format": 0.0, "emotion": 0.0, "rubric": 0.0}
+    assert valid.counted(gated) == valid.components and invalid.counted(rubric) == invalid.components
+    unknown = k.Reward({"format": 1.0, "emotion": 1.0, "rubric": None}, {}, None)
+    assert unknown.total(gated) is None
+
+
+def test_gdpo_by_hand():
+    """Each component is compared in its group; small differences weigh as much as large ones."""
     nan = float("nan")
-    rewards = k.weighted_rewards(torch.tensor([[1, 0, 0.5], [nan, nan, nan]]), torch.full((3,), 1 / 3))
-    assert rewards[0].item() == pytest.approx(0.5) and rewards[1].isnan()
+    components = torch.tensor([[1.0, 0.02], [0.0, 0.01], [1.0, 0.03], [nan, nan]])
+    weights = torch.tensor([0.5, 0.5])
+    first = k.group_advantages(components[:, 0], 4)
+    second = k.group_advantages(components[:, 1], 4)
+    sums = (first + second)[:3] / 2
+    expected = (sums - sums.mean()) / (sums.std() + 1e-4)
+    got = k.gdpo_advantages(components, weights, 4)
+    assert got[:3].tolist() == pytest.approx(expected.tolist(), abs=1e-5) and got[3] == 0
+    # By sums alone the first component decides: the first and the third answer hardly differ.
+    plain = k.grpo_advantages(components, weights, 4)
+    assert (plain[2] - plain[0]) < 0.05 < 0.5 < (got[2] - got[0])
+    assert k.gdpo_advantages(torch.ones(4, 2), weights, 4).abs().max() < 1e-6
 
 
 def test_an_unjudged_answer_gets_none_from_every_reward_function(rubric):
     """TRL sums what it is given and takes None as 0: one unknown component must therefore silence all."""
     parts = ({"format": 1.0, "emotion": 1.0, "rubric": None}, {"format": 1.0, "emotion": 0.0, "rubric": 0.4})
     rewards = [k.Reward(components, {}, None) for components in parts]
-    rollouts = k.Rollouts(None, None, [0, 1], None, rubric, None, None, None, lambda *_: rewards)
-    asked = {"prompts": [], "completions": [[{"content": "x"}]] * 2, "index": [0, 1]}
+    options = k.GRPOOptions(group_size=2)
+    rollouts = k.Rollouts(None, None, [0, 1], options, rubric, None, None, None, lambda *_: rewards)
+    asked = {"prompts": [], "completions": [[{"content": "x"}]] * 2, "index": [0, 0]}
     by_name = {f.__name__: f(**asked) for f in rollouts.reward_functions()}
     assert by_name == {"format": [None, 1.0], "emotion": [None, 0.0], "rubric": [None, 0.4]}
 
@@ -279,21 +308,30 @@ GRPO |= {"learning_rate": 1e-3, "loss_type": "dapo", "temperature": 0.9, "shuffl
 MICRO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
+def some_reward(completion_ids, **_):
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+
+def another_reward(completion_ids, **_):
+    return [sum(ids) % 5 / 500 for ids in completion_ids]
+
+
 def grpo_trainer(
     ours, tiny, renderer, path, prompts=WORDS, lengths=(7, 3, 12, 1, 9), rollout=None, packed=True, **changes
 ):
-    """TRL's GRPOTrainer or ours on fixed answers, with a reward that is a sum of their tokens."""
+    """TRL's GRPOTrainer or ours on fixed answers, with rewards that are made of their tokens."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     trainer_class, model = GRPOTrainer, lora(tiny("llama", vocab_size=49152))
     if ours:
-        functions = (k.answer_logps, k.weighted_rewards, k.group_advantages, k.grpo_loss)
-        trainer_class = trainers.trainer_class(trainers.GRPOHooks, **{f.__name__: f for f in functions})
+        advantages = k.gdpo_advantages if "multi_objective_aggregation" in changes else k.grpo_advantages
+        parts = {"answer_logps": k.answer_logps, "advantages": advantages, "grpo_loss": k.grpo_loss}
+        trainer_class = trainers.trainer_class(trainers.GRPOHooks, **parts)
     rows = [{"prompt": [{"role": "user", "content": f"{word} and then"}]} for word in prompts]
     trainer = trainer_class(
         model=model,
-        reward_funcs=lambda completion_ids, **_: [sum(ids) % 97 / 97 for ids in completion_ids],
+        reward_funcs=[some_reward, another_reward],
         args=GRPOConfig(str(path), **{**GRPO, **COMMON, **changes}),
         train_dataset=Dataset.from_list(rows),
         processing_class=renderer.tokenizer,
@@ -342,6 +380,7 @@ def weights_of(model):
 
 CASES = {
     "plain": {},
+    "each component compared": {"multi_objective_aggregation": "normalize_then_sum"},
     "reference pass": {"beta": 10.0, "max_steps": 3, "learning_rate": 1e-2},  # so large that the KL decides
     "micro-batches": {**MICRO, "steps_per_generation": 4},
     "checkpointing": {"gradient_checkpointing": True, "beta": 0.1},
@@ -349,7 +388,7 @@ CASES = {
 }
 
 
-FAST = ("reference pass", "micro-batches")
+FAST = ("reference pass", "micro-batches", "each component compared")
 one_by_one = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
 
 

@@ -46,7 +46,7 @@ judge, quick = f"--judge {model} --exam-pairs {pairs}", "--witness none"
 short = {
     "sft": f"--limit 4 --max-length 800 --model {model}",
     "judge": f"--judge {model} --pairs {pairs} {quick}",
-    "grpo": f"--steps 1 --group-size 4 --max-tokens 24 --force-judge --held-out-rows 2 {judge} {quick}",
+    "grpo": f"--steps 1 --group-size 4 --max-tokens 24 --force-judge --eval-prompts 2 {judge} {quick}",
     "evaluate": f"--limit 2 --max-tokens 24 {judge} {quick}",
     "export": f"--answers 1 --max-tokens 24 --data {rows} {judge}",
 }

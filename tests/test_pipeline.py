@@ -16,7 +16,7 @@ from kardia.core import machine
 from kardia.core.options import PROJECT
 from kardia.export import proof
 from kardia.models.adapter import read_adapter
-from kardia.models.generate import torch_logits
+from kardia.models.generate import llama_answers, torch_logits
 from kardia.models.weights import Weights
 from kardia.results import explain
 
@@ -76,7 +76,7 @@ def run_grpo(sft, judged, out, more=""):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(k, "score_answers", with_signal(k.score_answers))
         sizes = f"--data {data} --steps 2 --group-size 4 --micro-batch 2 --max-tokens 24"
-        sizes += f" --held-out {short_rows(sft.with_name('held_out_rows.jsonl'))} --held-out-rows 1"
+        sizes += f" --eval-data {short_rows(sft.with_name('held_out_rows.jsonl'))} --eval-prompts 1"
         run(f"grpo --from {sft} {sizes} {judged} --force-judge --out {out} {more}")
     return out
 
@@ -347,7 +347,7 @@ def test_the_export_answers_over_http_as_it_does_here(exported, renderer, rubric
         process.wait()
     with k.Worker() as worker:
         worker.load("m", gguf)
-        assert answer == k.llama_answers(worker, "m", renderer.tokenizer, [renderer.prompt(dialogue)], 24)[0]
+        assert answer == llama_answers(worker, "m", renderer.tokenizer, [renderer.prompt(dialogue)], 24)[0]
 
 
 @pytest.mark.slow

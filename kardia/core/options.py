@@ -63,6 +63,8 @@ def _click_option(f: dataclasses.Field):
     name, limits = f"--{f.name.replace('_', '-')}", f.metadata
     if f.type == "bool":
         return click.option(name, is_flag=True, help=limits["help"])
+    if f.type.startswith("tuple"):
+        return click.option(name, multiple=True, help=limits["help"], metavar=limits["metavar"])
     default, metavar = f.default, {"int": "N", "float": "X", "str": "TEXT"}.get(f.type, "FILE")
     if isinstance(default, Path) and default.is_relative_to(Path.cwd()):
         default = os.path.relpath(default, Path.cwd())

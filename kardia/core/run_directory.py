@@ -147,7 +147,8 @@ class Run:
 
 
 def _as_json(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def _lock_for_writing(path: Path):

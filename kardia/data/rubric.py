@@ -119,15 +119,39 @@ class Criterion:
 
 
 @dataclass(frozen=True)
+class NearLabels:
+    """Which labels are near each other, and what a near one earns instead of the right one's 1."""
+
+    credit: float
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Rubric:
     """What is rewarded, and how."""
 
     criteria: tuple[Criterion, ...]
-    rewards: dict[str, float]  # component (format, the label's span, rubric) -> weight, summing to 1
+    given: dict[str, float]  # component (format, the label's span, rubric, own functions) -> weight
     emotions: dict[str, tuple[str, ...]]  # label -> aliases (labels are emotions where the task is empathy)
     hash: str
     form: AnswerFormat = DEFAULT_FORMAT
     guards: tuple[str, ...] | None = None  # the guards that apply; None: all
+    gate: bool = False  # content counts only where the format holds; the format itself then weighs 0
+    near: NearLabels | None = None
+    functions: tuple[Any, ...] = ()  # the user's own rewards, RewardFunction each
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Return each component's weight, scaled so that all sum to 1."""
+        total = sum(self.given.values()) or 1.0
+        return {name: weight / total for name, weight in self.given.items()}
+
+    def label_credit(self, label: str | None, right: str) -> float:
+        """Return 1 for the right label, what a near one earns, else 0."""
+        if label == right:
+            return 1.0
+        near = self.near and any(label in group and right in group for group in self.near.groups)
+        return self.near.credit if near else 0.0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -145,23 +169,25 @@ class Rubric:
         If none is left, the rubric itself has no weight, and the other components share it.
         """
         criteria = tuple(dataclasses.replace(c, weight=0.0) if c.name in names else c for c in self.criteria)
-        rewards = self.rewards
+        given, gate = self.given, self.gate
         if not any(c.weight for c in criteria):
-            rest = sum(rewards.values()) - rewards["rubric"] or 1.0  # 1: there is nothing else to reward
-            rewards = {name: 0.0 if name == "rubric" else w / rest for name, w in rewards.items()}
-        return dataclasses.replace(self, criteria=criteria, rewards=rewards)
+            given = {**given, "rubric": 0.0}
+            if gate and not any(given.values()):  # a gate before nothing
+                given, gate = {**given, "format": 1.0}, False
+        return dataclasses.replace(self, criteria=criteria, given=given, gate=gate)
 
 
 def load_rubric(path: Path) -> Rubric:
     """Read and check rubrics.yaml. Raises UserError: one line that names file and key."""
     check, root = _Checks(path), _read_yaml(path)
     labels = "labels" if isinstance(root, dict) and "labels" in root else "emotions"  # one of the two keys
-    root = check.mapping("rubric", root, f"version rewards criteria {labels}", "answer guards")
+    root = check.mapping("rubric", root, f"version rewards criteria {labels}", "answer guards near")
     check.expect(root["version"] == 1, "version", root["version"], "1")
     form = check.answer_format(root["answer"]) if "answer" in root else DEFAULT_FORMAT
-    rewards = check.rewards(root["rewards"], f"format {form.label} rubric")
-    criteria = check.criteria(root["criteria"], weighted=rewards["rubric"] > 0)
+    given, gate = check.rewards(root["rewards"], f"format {form.label} rubric")
+    criteria = check.criteria(root["criteria"], weighted=given["rubric"] > 0)
     emotions = check.labels(labels, root[labels])
+    near = check.near(root["near"], emotions) if "near" in root else None
     guards = check.names("guards", root["guards"], GUARDS) if "guards" in root else None
     # What a file does not use is not hashed: the hash of an older rubric, and its runs, stay what they were.
     facts = [dataclasses.asdict(criterion) for criterion in criteria]
@@ -169,7 +195,7 @@ def load_rubric(path: Path) -> Rubric:
     if guards is not None:  # without the key the hash is that of files that knew no guards: exams stay valid
         hashed.append({"guards": guards})
     hash = digest(json.dumps(hashed, sort_keys=True).encode())
-    return Rubric(criteria, rewards, emotions, hash, form, guards)
+    return Rubric(criteria, given, emotions, hash, form, guards, gate, near)
 
 
 def _read_yaml(path: Path) -> Any:
@@ -269,13 +295,26 @@ class _Checks:
         system = self.text("answer.system", entry["system"]).rstrip(" .:")
         return AnswerFormat(tuple(spans.items()), label, reply, system)
 
-    def rewards(self, entry: Any, components: str) -> dict[str, float]:
-        """Return the weights of the reward's components, scaled to sum to 1."""
+    def rewards(self, entry: Any, components: str) -> tuple[dict[str, float], bool]:
+        """Return (the weights of the reward's components, whether the format is a gate)."""
         given = self.mapping("rewards", entry, components)
+        gate = given["format"] == "gate"
+        given = {**given, "format": 0} if gate else given
         weights = {name: self.number(f"rewards.{name}", given[name]) for name in components.split()}
-        total = sum(weights.values())
-        self.expect(total, "rewards", "all weights zero", "at least one weight above 0")
-        return {name: weight / total for name, weight in weights.items()}
+        self.expect(any(weights.values()), "rewards", "all weights zero", "at least one weight above 0")
+        return weights, gate
+
+    def near(self, entry: Any, labels: dict[str, tuple[str, ...]]) -> NearLabels:
+        """Return the near labels of {credit, labels: [[label, ..], ..]}."""
+        entry = self.mapping("near", entry, "credit labels")
+        credit = self.number("near.credit", entry["credit"])
+        self.expect(0 < credit < 1, "near.credit", credit, "a number between 0 and 1: the right one earns 1")
+        groups = entry["labels"]
+        self.expect(isinstance(groups, list) and groups, "near.labels", groups, "a list of lists of labels")
+        groups = tuple(self.names(f"near.labels[{i}]", each, tuple(labels)) for i, each in enumerate(groups))
+        for i, group in enumerate(groups):
+            self.expect(len(group) > 1, f"near.labels[{i}]", list(group), "two labels or more")
+        return NearLabels(credit, groups)
 
     def criteria(self, entries: Any, weighted: bool) -> tuple[Criterion, ...]:
         self.expect(isinstance(entries, list) and entries, "criteria", entries, "a list of criteria")

@@ -194,6 +194,11 @@ class Judge:
         plain, rows = Calibration(), self.raw(replies)
         return [{name: self.calibration.get(name, plain)(raw) for name, raw in row.items()} for row in rows]
 
+    def witness_of(self, dialogues, texts: list[str], form: AnswerFormat) -> list[dict]:
+        """Return the witness's scores of the reply spans of answers to dialogues; [] without a witness."""
+        pairs = [(dialogue, find_span(text, form.reply) or "") for dialogue, text in zip(dialogues, texts)]
+        return self.witness_scores([JudgedReply.from_dialogue(*pair, form) for pair in pairs])
+
     def witness_scores(self, replies: list[JudgedReply]) -> list[Scores]:
         """Return the witness's scores of the criteria that it can read; [] without a witness."""
         if self.witness is None or not self.witness.calibration:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from kardia.results.groups import advantages_of, groups_of, means_of, rewards_of, spread_of, why_pushed
+from kardia.results.groups import (
+    advantages_of,
+    compared_of,
+    groups_of,
+    means_of,
+    rewards_of,
+    spread_of,
+    why_pushed,
+)
 from kardia.results.run_files import mean_of, moves_of, number
 
 CARDS = 16  # replies of one group
@@ -76,7 +84,8 @@ def browse(data: dict, limits: Limits) -> dict[str, Any] | None:
         tokens = _tokens(ranked, traced, limits.tokens)
         view = {"step": step, "group": group, "first": samples[0], "size": len(samples), "tokens": tokens}
         view["means"] = {kind: means_of(samples, kind) for kind in ("components", "criteria")}
-        view["cards"] = [{"row": row, "why": why_pushed(row, samples)} for row in ranked]
+        compared = compared_of(groups, step, group)
+        view["cards"] = [{"row": row, "why": why_pushed(row, samples, compared)} for row in ranked]
         view |= {"open": i == widest, "rewards": [r for r in rewards if r is not None]}
         shown.append(view | {"spread": spread_of(samples), "mean": advantages_of(rewards)[0]})
     rings = any(row.get("witness") for row in data["completions"])

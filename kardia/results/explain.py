@@ -10,7 +10,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kardia.results.groups import advantages_of, groups_of, parts_of, rewards_of, spread_of, why_pushed
+from kardia.results.groups import (
+    advantages_of,
+    compared_of,
+    groups_of,
+    is_closed,
+    parts_of,
+    rewards_of,
+    spread_of,
+    why_pushed,
+)
 from kardia.results.run_files import ReportError, answer_format_of, fixed, moves_of, number, read_run
 from kardia.results.templates import ratio, template
 
@@ -48,7 +57,7 @@ def _choose(run: Path, data: dict, step: int | None) -> tuple[int, int, list[dic
     return (*chosen, why)
 
 
-def _numbers(i: int, row: dict, samples: list[dict], advantage: float) -> dict[str, Any]:
+def _numbers(i: int, row: dict, samples: list[dict], advantage: float, compared: Any) -> dict[str, Any]:
     """Return the numbers of one sample, for the template."""
     parts = parts_of(row)
     known = [(name, weight, value) for name, weight, value in parts if value is not None]
@@ -61,7 +70,13 @@ def _numbers(i: int, row: dict, samples: list[dict], advantage: float) -> dict[s
     keys = {"reward": "reward", "stored": "advantage", "before": "logprob", "after": "logprob_after"}
     numbers |= {name: number(row.get(key)) for name, key in keys.items()}
     gap = 0.0 if numbers["stored"] is None else abs(numbers["stored"] - advantage)
-    return {**numbers, "gap": gap, "why": why_pushed(row, samples)}
+    if compared:
+        numbers["sum"] = compared.sums[i]
+        numbers["parts"] = [(name, w, compared.parts[name][i]) for name, w in compared.weights.items()]
+    witness = {name: fixed(v, 4) for name, v in (row.get("witness") or {}).items()}
+    numbers["witness"] = ", ".join(f"{name} {score}" for name, score in witness.items())
+    numbers["closed"] = is_closed(row)
+    return {**numbers, "gap": gap, "why": why_pushed(row, samples, compared)}
 
 
 def _moved(it: dict, moves: list[tuple], epsilon: float) -> dict[str, Any]:
@@ -108,7 +123,10 @@ def explain(run: Path, step: int | None = None) -> str:
     number_, group, rows, why = _choose(run, data, step)
     first, rewards = rows[0], rewards_of(rows)
     mean, std, advantages = advantages_of(rewards)
-    samples = [_numbers(i, row, rows, a) for i, (row, a) in enumerate(zip(rows, advantages))]
+    compared = compared_of(groups_of(data["completions"]), number_, group)
+    if compared:
+        advantages = compared.advantages
+    samples = [_numbers(i, row, rows, a, compared) for i, (row, a) in enumerate(zip(rows, advantages))]
     here = [row for row in data["tokens"] if (row.get("step"), row.get("group")) == (number_, group)]
     logged = next((row for row in reversed(data["log"]) if row.get("step") == number_), {})
     steps = {int(row["step"]) for row in data["tokens"] if number(row.get("step")) is not None}
@@ -117,4 +135,5 @@ def explain(run: Path, step: int | None = None) -> str:
     text = {"step": number_, "group": group, "why": why, "samples": samples, "mean": mean, "std": std}
     text |= {"facts": facts, "messages": first.get("messages") or [], "other_steps": _ranges(steps)}
     text |= {"rewards": [r for r in rewards if r is not None], **_tokens(samples, here)}
+    text["compared"] = compared
     return template("explain.txt.j2").render(text, clipped=number(logged.get("clip_ratio/region_mean")))

@@ -2,10 +2,13 @@
 
     advantage_i = (reward_i - mean(rewards of the group)) / (std(rewards of the group) + 1e-4)
 
-std is the sample standard deviation (n - 1), as in TRL.
+std is the sample standard deviation (n - 1), as in TRL. By GDPO each component is compared like that, and the
+weighted sums are scaled once more over the answers of the step.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from kardia.results.run_files import fixed, mean_of, number
 
@@ -44,16 +47,67 @@ def advantages_of(rewards: list[float | None]) -> tuple[float | None, float, lis
     return mean, std, [0.0 if reward is None else (reward - mean) / (std + EPSILON) for reward in rewards]
 
 
+def is_closed(sample: dict) -> bool:
+    """Return whether a gate took everything from a sample: its format does not hold."""
+    return bool(sample.get("gate")) and not number((sample.get("components") or {}).get("format"))
+
+
 def parts_of(sample: dict) -> list[tuple[str, float, float | None]]:
-    """Return [(component, weight, value)] of one sample; its reward is the sum of weight x value."""
+    """Return [(component, weight, value)] of one sample as they count; its reward is the sum of weight x
+    value."""
     weights, components = sample.get("weights") or {}, sample.get("components") or {}
     names = {**weights, **components}
-    return [(name, number(weights.get(name)) or 0.0, number(components.get(name))) for name in names]
+    values = {name: 0.0 if is_closed(sample) else number(components.get(name)) for name in names}
+    return [(name, number(weights.get(name)) or 0.0, values[name]) for name in names]
+
+
+class Compared(NamedTuple):
+    """What GDPO made of one group: each component's advantage, their weighted sums, the final advantages."""
+
+    weights: dict[str, float]
+    parts: dict[str, list[float]]  # component -> [G]
+    sums: list[float | None]  # [G]; None where the reward is unknown
+    mean: float | None  # of the sums of all answers of the step
+    std: float
+    advantages: list[float]  # [G]
+
+
+def compared_of(groups: list[tuple[int, int, list[dict]]], step: int, group: int) -> Compared | None:
+    """Return what GDPO made of one group of a run, None where sums were compared (GRPO)."""
+    own = [(number_, samples) for at, number_, samples in groups if at == step]
+    if not own or any(row.get("compared") != "gdpo" for _, samples in own for row in samples):
+        return None
+    return compare_components([samples for _, samples in own], [number_ for number_, _ in own].index(group))
+
+
+def compare_components(groups: list[list[dict]], own: int) -> Compared:
+    """Return what GDPO made of group number `own` of a step's groups."""
+    weights: dict[str, float] = {}
+    parts, sums = {}, []
+    for place, samples in enumerate(groups):
+        known = [reward is not None for reward in rewards_of(samples)]
+        rows = [{name: (weight, value) for name, weight, value in parts_of(sample)} for sample in samples]
+        weights |= {name: weight for name, (weight, _) in (rows[0] if rows else {}).items() if weight}
+        found = {}
+        for name in weights:
+            values = [
+                row.get(name, (0.0, None))[1] if is_known else None for row, is_known in zip(rows, known)
+            ]
+            found[name] = advantages_of(values)[2]
+        total = [sum(weights[name] * found[name][i] for name in weights) for i in range(len(samples))]
+        sums.append([value if is_known else None for value, is_known in zip(total, known)])
+        parts = found if place == own else parts
+    mean, std, advantages = advantages_of([value for group in sums for value in group])
+    first = sum(len(group) for group in sums[:own])
+    return Compared(weights, parts, sums[own], mean, std, advantages[first : first + len(sums[own])])
 
 
 def means_of(samples: list[dict], kind: str) -> dict[str, float]:
-    """Return the mean of each component or criterion over the samples that take part."""
-    taking_part = [sample.get(kind) or {} for sample in samples if number(sample.get("reward")) is not None]
+    """Return the mean of each component (as it counts) or criterion over the samples that take part."""
+    known = [sample for sample in samples if number(sample.get("reward")) is not None]
+    taking_part = [sample.get(kind) or {} for sample in known]
+    if kind == "components":
+        taking_part = [{name: value for name, _, value in parts_of(sample)} for sample in known]
     means = {}
     for name in dict.fromkeys(name for scores in taking_part for name in scores):
         values = [number(scores.get(name)) for scores in taking_part]
@@ -61,9 +115,11 @@ def means_of(samples: list[dict], kind: str) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-def why_pushed(sample: dict, samples: list[dict]) -> str:
+def why_pushed(sample: dict, samples: list[dict], compared: Compared | None = None) -> str:
     """Return one plain sentence: which component carries this sample away from its group's mean."""
     reward = number(sample.get("reward"))
+    if compared and reward is not None:
+        return _why_compared(sample, samples.index(sample), compared)
     mean, std, _ = advantages_of(rewards_of(samples))
     if reward is None:
         return "Took no part: it has no reward, so its advantage is 0."
@@ -77,6 +133,8 @@ def why_pushed(sample: dict, samples: list[dict]) -> str:
     gain, name, value = max(gains, default=(0.0, "", 0.0))
     if abs(advantage) < 0.05 or gain <= 0:
         return f"Hardly pushed: reward {fixed(reward)} against the group's mean {fixed(mean)}."
+    if is_closed(sample) and way == "down":
+        return f"Pushed down by the gate: its format does not hold ({sample.get('problem') or 'invalid'})."
     sentence = f"Pushed {way} mostly by {name}: {fixed(value)} against a mean of {fixed(means[name])}, "
     sentence += f"worth {fixed(sign * gain, sign=True)} of reward"
     means = means_of(samples, "criteria")
@@ -88,3 +146,17 @@ def why_pushed(sample: dict, samples: list[dict]) -> str:
             f" (most of all {key.replace('_', ' ')}, {fixed(scores[key])} against {fixed(means[key])})"
         )
     return sentence + "."
+
+
+def _why_compared(sample: dict, i: int, compared: Compared) -> str:
+    """Return the sentence for GDPO, where each component is compared with its siblings."""
+    advantage = compared.advantages[i]
+    sign, way = (1, "up") if advantage > 0 else (-1, "down")
+    gains = [(sign * weight * compared.parts[name][i], name) for name, weight in compared.weights.items()]
+    gain, name = max(gains, default=(0.0, ""))
+    if abs(advantage) < 0.05 or gain <= 0:
+        return "Hardly pushed: its components are near their means in the group, or cancel out."
+    if is_closed(sample) and way == "down":
+        return f"Pushed down by the gate: its format does not hold ({sample.get('problem') or 'invalid'})."
+    part, weight = fixed(compared.parts[name][i], sign=True), fixed(compared.weights[name])
+    return f"Pushed {way} mostly by {name}: {part} deviations from its mean in the group, at weight {weight}."

@@ -77,10 +77,18 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float, float]
     return out
 
 
-def _scores_of(rewards, metric: str):
-    """Return one metric of each prompt [prompts]; NaN where the judge could not read the answer."""
+NEAR = "_or_near"  # after the label's name: the share of labels that are right or near the right one
+
+
+def _scores_of(rewards, metric: str, label: str = ""):
+    """Return one metric of each prompt [prompts]; NaN where the judge could not read the answer.
+
+    Of the label it is whether it is exactly right, whatever a near one earns in training."""
     import numpy as np
 
+    if label and metric in (label, f"{label}{NEAR}"):
+        credits = np.array([reward.components[label] for reward in rewards], float)
+        return (credits == 1 if metric == label else credits > 0).astype(float)
     values = [{**reward.components, **reward.criteria}.get(metric) for reward in rewards]
     return np.array([np.nan if value is None else value for value in values], float)
 
@@ -155,10 +163,14 @@ def summarize(dialogues, answers, scores, rubric, seed: int, references=None) ->
     references: {number of the dialogue: reward of its written reply}, for the reference test."""
     import numpy as np
 
-    metrics = ["format", rubric.form.label, "rubric", *(c.name for c in rubric.criteria)]
-    table = {name: {m: _scores_of(rewards, m) for m in metrics} for name, rewards in scores.items()}
+    label, shares = rubric.form.label, list(rubric.rewards)
+    if rubric.near:
+        shares.insert(shares.index(label) + 1, f"{label}{NEAR}")
+    judged = ["rubric", *(c.name for c in rubric.criteria)]
+    metrics = list(dict.fromkeys([*shares, *judged]))
+    table = {name: {m: _scores_of(rewards, m, label) for m in metrics} for name, rewards in scores.items()}
     names, rng = list(table), np.random.default_rng(seed)
-    summary: dict[str, Any] = {"models": names, "rewards": metrics[:3], "prompts": len(dialogues)}
+    summary: dict[str, Any] = {"models": names, "rewards": shares, "prompts": len(dialogues)}
     summary |= {"metrics": {}, "differences": [], "win_rate": []}
     for name in names:
         known = {m: values[~np.isnan(values)] for m, values in table[name].items()}
@@ -167,7 +179,7 @@ def summarize(dialogues, answers, scores, rubric, seed: int, references=None) ->
         for other in dict.fromkeys([names[i - 1], names[0]]):
             _compare(summary, table, name, other, rng)
     if references:
-        summary["reference"] = reference_wins(scores, references, metrics[2:], seed)
+        summary["reference"] = reference_wins(scores, references, judged, seed)
     read = {**scores, "written": list(references.values())} if references else scores
     summary["witness"] = witness_means(read, rng)
     examples = list(enumerate(dialogues))[:6]

@@ -136,7 +136,8 @@ def evaluation_table(summary: dict[str, Any]) -> Tables:
     scores, rows = summary.get("metrics") or {}, []
     names = (summary.get("models") or list(scores))[:MOST]
     metrics = list(dict.fromkeys(m for name in names for m in scores.get(name) or {}))[:MOST]
-    shares = (summary.get("rewards") or metrics)[:2]  # format and label: shares, not grades
+    # Format, label and the user's own are no grades.
+    shares = [metric for metric in summary.get("rewards") or metrics[:2] if metric != "rubric"]
     for metric in metrics:
         entries = [(scores.get(name) or {}).get(metric) or {} for name in names]
         grades = [1 + 4 * (number(entry.get("mean")) or 0.0) for entry in entries]

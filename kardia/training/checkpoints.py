@@ -276,11 +276,12 @@ def _loop(trainer, checkpoint: Path | None) -> None:
     )
 
 
-def _finish(run: Run, trainer, facts: dict) -> None:
-    """Write the adapter under its final name, complete run.json and remove the checkpoints."""
-    target = temporary_path(run.path / "adapter")
+def save_adapter(model, path: Path) -> None:
+    """Write the trained adapter to the directory `path`, whole or not at all. Raise UserError if the disk is
+    full."""
+    target = temporary_path(path)
     try:
-        trainer.model.save_pretrained(target, selected_adapters=["default"])
+        model.save_pretrained(target, selected_adapters=["default"])
         (target / "README.md").unlink(missing_ok=True)
         config = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
         if isinstance(config["target_modules"], list):  # not Unsloth's pattern
@@ -288,16 +289,31 @@ def _finish(run: Run, trainer, facts: dict) -> None:
             config["target_modules"].sort()
             write_json(target / "adapter_config.json", config)
         sync_to_disk(target)
-        shutil.rmtree(run.path / "adapter", ignore_errors=True)
-        os.replace(target, run.path / "adapter")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(target, path)
     except Exception as error:  # on a full disk safetensors raises its own class
-        raise UserError(
-            f"{run.path}/adapter: cannot be written ({one_line(error)}); make room, then the same command "
-            f"with "
-            "--resume writes it"
-        ) from error
+        fix = "make room, then the same command with --resume writes it"
+        raise UserError(f"{path}: cannot be written ({one_line(error)}); {fix}") from error
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def save_best(run: Run, model, step: int) -> None:
+    """Write the adapter that did best on held-out prompts so far as a run of its own, run/best.
+
+    Whatever takes a run takes it: `evaluate`, `export`, `chat`, `grpo --from`.
+    """
+    if distributed.rank() == 0:
+        path = run.path / "best"
+        path.mkdir(exist_ok=True)
+        save_adapter(model, path / "adapter")
+        facts = {**run.facts, "best_of": str(run.path), "best_step": step, "status": "done"}
+        write_json(path / "run.json", facts)
+
+
+def _finish(run: Run, trainer, facts: dict) -> None:
+    """Write the adapter under its final name, complete run.json and remove the checkpoints."""
+    save_adapter(trainer.model, run.path / "adapter")
     run.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S"), **facts)
     tidy(run)
 

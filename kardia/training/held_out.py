@@ -20,7 +20,7 @@ from kardia.core.options import DATA, option
 from kardia.core.run_directory import Run
 from kardia.data.rubric import Rubric
 from kardia.judge.judge import Judge, weighted
-from kardia.models.base import Base, load_into_worker
+from kardia.models.base import load_into_worker
 from kardia.results.statistics import reference_wins
 
 FILE = "held_out.jsonl"  # in the run directory: a line per measurement
@@ -31,32 +31,59 @@ ASKED = "Dialogues whose first turns are asked now and then (default: data/eval.
 class HeldOutOptions:
     """Hold the options of measurements on held-out prompts during training."""
 
-    held_out: Path | None = option(None, ASKED)
-    held_out_rows: int = option(16, "How many of them (0: none).", min=0)
-    held_out_every: int = option(20, "Steps between these measurements; also before the first.", min=1)
+    eval_data: Path | None = option(None, ASKED)
+    eval_prompts: int = option(16, "How many of them (0: none).", min=0)
+    eval_every: int = option(20, "Steps between these measurements; also before the first.", min=1)
+    keep: str = option(
+        "last",
+        "best: also write the adapter with the best reward there, to RUN/best.",
+        choices=("last", "best"),
+    )
 
 
 def open_held_out(options: Any, rubric: Rubric, judge: Judge | None, rollout: str, script: tuple) -> Any:
-    """Return the HeldOut of a GRPO run; None where this data has none, or where torch draws the answers.
+    """Return the HeldOut of a GRPO run; None where this data has none, or where torch draws the answers
+    (UserError if --keep best needs it).
 
     script: (load_rows, score_answers) of the script.
     """
+    held_out = _open(options, rubric, judge, rollout, script)
+    if held_out is None and options.keep == "best":
+        raise UserError(
+            "--keep best needs held-out prompts: --eval-data FILE, rows that end in a written answer"
+        )
+    return held_out
+
+
+def _open(options: Any, rubric: Rubric, judge: Judge | None, rollout: str, script: tuple) -> Any:
     load_rows, score_answers = script
     starter = DATA / "eval.jsonl" if Path(options.data).resolve() == DATA / "prompts.jsonl" else None
-    path = options.held_out or starter
-    if path is None or not options.held_out_rows:
+    path = options.eval_data or starter
+    if path is None or not options.eval_prompts:
         return None
     try:
-        rows = load_rows([path], rubric, "dialogue")[: options.held_out_rows]
+        rows = load_rows([path], rubric, "dialogue")[: options.eval_prompts]
     except UserError:
-        if options.held_out:
+        if options.eval_data:
             raise
-        say(f"  held-out prompts left out: {path.name} is of another rubric; --held-out names your own")
+        say(f"  held-out prompts left out: {path.name} is of another rubric; --eval-data names your own")
         return None
     if rollout != "llama":
         say("  held-out prompts are not asked while torch draws the answers: `evaluate` does it afterwards")
         return None
     return HeldOut(rows, rubric, judge, score_answers, path)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _witness_means(rewards: list) -> dict[str, float]:
+    """Return the mean of each criterion as the witness reads it; {} without a witness."""
+    names = dict.fromkeys(name for reward in rewards for name in reward.witness)
+    means = {name: _mean([reward.witness.get(name) for reward in rewards]) for name in names}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 class HeldOut:
@@ -90,9 +117,12 @@ class HeldOut:
 
     def _record(self, step: int) -> dict[str, Any]:
         record = {"step": step, "n": len(self.latest), **self._means(self.latest)}
+        record["reward"] = _mean([reward.total(self.rubric) for reward in self.latest])
         names = ["rubric", *(c.name for c in self.rubric.criteria)] if self.judge else []
         wins = reference_wins({"policy": self.latest}, dict(enumerate(self.references)), names)
-        return record | {"wins": wins.get("policy", {}), "written": self._means(self.references)["rubric"]}
+        record |= {"wins": wins.get("policy", {}), "written": self._means(self.references)["rubric"]}
+        read = {"witness": self.latest, "witness_of_written": self.references}
+        return record | {key: _witness_means(rewards) for key, rewards in read.items()}
 
     def use(self, rubric: Rubric) -> None:
         """Take over a rubric whose criteria carry other weights, also in what was measured before."""
@@ -103,16 +133,17 @@ class HeldOut:
             self.start = {**self.start, **self._record(0)}
 
     def _score(self, texts: list[str]) -> list:
-        return self.score_answers(list(zip(self.dialogues, texts)), self.rubric, self.judge)
+        rewards = self.score_answers(list(zip(self.dialogues, texts)), self.rubric, self.judge)
+        if self.judge:
+            form = self.rubric.form
+            for reward, scores in zip(rewards, self.judge.witness_of(self.dialogues, texts, form)):
+                reward.witness = scores
+        return rewards
 
     def _means(self, rewards: list) -> dict[str, float | None]:
-        means = {}
-        for name in self.rubric.rewards:
-            known = [r.components[name] for r in rewards if r.components[name] is not None]
-            means[name] = sum(known) / len(known) if known else None
-        return means
+        return {name: _mean([r.components[name] for r in rewards]) for name in self.rubric.rewards}
 
-    def test_judge(self, answerer, options, setting, base: Base, exam: dict | None, before: dict) -> None:
+    def test_judge(self, answerer, options, setting, exam: dict | None, before: dict) -> None:
         """Measure the policy that training begins with; what the judge fails goes into its exam.
 
         A criterion by which the policy surely (95%) beats the written answers is unfit. answerer: the
@@ -123,7 +154,7 @@ class HeldOut:
             say(f"  {len(self.dialogues)} held-out prompts: the policy's answers against the written ones")
             # The same file as the rollouts, which is what the memory plan knows.
             worker = answerer.worker
-            answerer.gguf = base.quantized(worker, setting.bits, setting.rollout_type)
+            answerer.gguf = answerer.base.quantized(worker, setting.bits, setting.rollout_type)
             load_into_worker(worker, answerer.gguf, before.get("fused_attention"), planned=True)
 
         def answer(dialogues: list) -> list[str]:
@@ -145,7 +176,10 @@ class HeldOut:
         # Without the seconds the same run is the same file.
         if distributed.rank() == 0:
             run.append(FILE, [{key: value for key, value in record.items() if key != "seconds"}])
-        known = {name: record[name] for name in self.rubric.rewards if record[name] is not None}
+        names = [*self.rubric.rewards, "reward"]
+        known = {name: record[name] for name in names if record.get(name) is not None}
+        seen = _mean(list((record.get("witness") or {}).values()))
+        known |= {} if seen is None else {"witness": seen}
         parts = [f"{name} {value:.2f}" for name, value in known.items()]
         won = record["wins"].get("rubric")
         parts += [f"written replies win {won['rate']:.0%}"] if won else []

@@ -180,7 +180,7 @@ def plan_grpo(
     bits: int,
     adapter: Path,
     longest: list[int],
-    judged: bool,
+    rubric,
     before,
     worker,
 ):
@@ -199,7 +199,7 @@ def plan_grpo(
         micro=answers_per_pass(options),
         rollout=rollout,
         rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type,
-        **(judge_sizes(options.judge) if judged else {}),
+        **(judge_sizes(options.judge) if rubric.rewards["rubric"] else {}),
         judge_on_gpu=options.judge_gpu_layers != 0,
         host_embedding=options.embedding == "host",
         llama_gpu=machine.has_gpu() and worker.has_gpu,

@@ -12,7 +12,6 @@ from typing import Any
 from kardia.core import distributed
 from kardia.core.run_directory import Run
 from kardia.data.rows import find_span
-from kardia.judge.judge import JudgedReply
 from kardia.results.groups import spread_of
 from kardia.training.progress import Board
 from kardia.training.trainers import logps_before_and_after
@@ -57,7 +56,9 @@ class StepRecords:
                     "criteria": reward.criteria,
                     "witness": witness[i] if witness else None,
                     "weights": self.rubric.rewards,
-                    "reward": reward.total(self.rubric.rewards),
+                    "gate": self.rubric.gate,
+                    "compared": self.options.advantages,
+                    "reward": reward.total(self.rubric),
                 }
             )
         # An answer that could not be judged is shown only if there is no other.
@@ -70,10 +71,7 @@ class StepRecords:
         """Ask the witness, whose scores are never rewarded; [] if this step is not inspected."""
         began, scores = time.monotonic(), []
         if self.judge and self.trainer.inspecting:
-            form = self.rubric.form
-            replies = [find_span(text, form.reply) or "" for text in texts]
-            items = [JudgedReply.from_dialogue(d, reply, form) for d, reply in zip(dialogues, replies)]
-            scores = self.judge.witness_scores(items)
+            scores = self.judge.witness_of(dialogues, texts, self.rubric.form)
         self.seconds = time.monotonic() - began
         return scores
 

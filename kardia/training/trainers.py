@@ -1,8 +1,8 @@
 """Connect the script's losses, rewards and advantages to TRL's trainers. What is here only serves TRL.
 
 TRL's SFTTrainer and GRPOTrainer keep the loop, the optimizer and the bookkeeping. `compute_loss` and
-`_compute_loss` call the functions of kardia_lite.py, and its `group_advantages` makes the advantages that
-train.
+`_compute_loss` call the functions of kardia_lite.py, and its `grpo_advantages` (or `gdpo_advantages`) makes
+the advantages that train.
 """
 
 from __future__ import annotations
@@ -151,11 +151,11 @@ class GRPOHooks(RetryOnOutOfMemory):
     """
 
     answer_logps: Callable
-    weighted_rewards: Callable
-    group_advantages: Callable
+    advantages: Callable  # (components [N, K], weights [K], group size) -> [N]
     grpo_loss: Callable
     old_logps_from_sampler = False  # the clipped ratio then corrects for the sampler's other weights
     on_rollouts: Callable | None = None  # called with the step's rollouts once their advantages are known
+    drawing: list[dict] = []  # the step's rows, as TRL's loader gave them
     inspecting = False  # this step's log-probs are kept, to be compared with those after it
     longest: list[int] = []  # ids of the longest prompt
     inspected_passes: list[tuple] = []  # (input_ids, attention_mask, C, log-probs [B, C]) of each pass
@@ -180,6 +180,7 @@ class GRPOHooks(RetryOnOutOfMemory):
 
     def _draw(self, inputs):
         """Return the step's answers with their advantages, in TRL's format but without its shuffle."""
+        self.drawing = inputs
         try:
             return self._generate_and_score_completions(inputs)
         except Exception as error:
@@ -227,9 +228,10 @@ class GRPOHooks(RetryOnOutOfMemory):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        rewards = self.weighted_rewards(self._components, self.reward_weights.to(self._components.device))
+        weights = self.reward_weights.to(self._components.device)
         first = self.accelerator.process_index * len(inputs)
-        advantages = self.group_advantages(rewards, self.num_generations)  # [answers of all processes]
+        # [answers of all processes]
+        advantages = self.advantages(self._components, weights, self.num_generations)
         output["advantages"] = advantages[first : first + len(inputs)]
         sampled = output.get("sampling_per_token_logps")
         if self.old_logps_from_sampler and sampled is not None:
