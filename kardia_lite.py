@@ -56,7 +56,7 @@ from kardia.data.rewards import RewardOptions, check_functions, own_rewards, wit
 from kardia.data.rows import NO_PROFILE, NO_SITUATION, find_span, read_rows
 from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Rubric, check_same_format, load_rubric
 from kardia.export.run_export import ExportOptions, Tools, run_export
-from kardia.judge.judge import Judge, JudgedReply, WitnessedJudgeOptions, weighted
+from kardia.judge.judge import NO_JUDGE, Judge, JudgedReply, WitnessedJudgeOptions, weighted
 from kardia.judge.opening import open_judge
 from kardia.llama.worker import Worker
 from kardia.models import packed_rows, unsloth
@@ -633,7 +633,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     longest = plan.longest_prompt(renderer, dialogues, base, options.max_tokens)
     before = Run(out).facts if resume and (out / "run.json").is_file() else {}
     with Worker() as worker:
-        setting, terms = plan.plan_grpo(options, base, engine, bits, adapter, longest, rubric, before, worker)
+        setting, terms = plan.plan_grpo(options, base, engine, bits, adapter, longest, before, worker)
         policy = functools.partial(Answerer, str(source), worker, rubric.form, base)
         tools = (load_rows, score_answers)
         judging = open_judging(worker, rubric, options, setting, before, tools, policy)
@@ -742,7 +742,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
             del answerer  # two models at once may not fit
             machine.release_memory()
         worker.unload("policy")
-        judge, result = open_judge(worker, rubric, options)
+        judge, result = (None, {}) if options.judge == NO_JUDGE else open_judge(worker, rubric, options)
         scores = {
             name: score_answers(list(zip(dialogues, texts)), rubric, judge, True)
             for name, texts in answers.items()
@@ -751,7 +751,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
         reference = score_answers([(dialogues[i], text) for i, text in written], rubric, judge, True)
     references = {i: reward for (i, _), reward in zip(written, reference)}
     summary = summarize(dialogues, answers, scores, rubric, options.seed, references)
-    summary.update(judge=result["judge"], judge_exam=result, paths=dict(zip(answers, models)))
+    summary.update(judge=result.get("judge"), judge_exam=result, paths=dict(zip(answers, models)))
     summary["machine"] = machine.describe_machine()
     write_json(out, summary)
     return summary

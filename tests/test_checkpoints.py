@@ -27,6 +27,11 @@ GRPO = "--steps 6 --group-size 4 --micro-batch 2 --max-tokens 16 --save-steps 2 
 GRPO += " --learning-rate 1e-2"
 # Imported once, by the server that all victims are forked from.
 PRELOADED = "torch trl peft datasets trl.trainer.sft_trainer trl.trainer.grpo_trainer kardia_lite".split()
+OWN = """
+def mine(row, answers):
+    told = sum(map(ord, row["person"])) % 2
+    return [told * sum(map(ord, answer)) % 89 / 89 for answer in answers]
+"""
 forks = pytest.mark.skipif(sys.platform == "win32", reason="timers that kill, forkserver")
 KILLED = -14  # by SIGALRM
 
@@ -39,13 +44,13 @@ def refusal(line):
 
 
 def files_of(run):
-    """Return the bytes of the adapter's files, but for the words that say where the base lies.
+    """Return the bytes of the files of the adapter (and the best one), but for where the base lies.
 
     GGUFs are left out: whoever answers with a run writes one beside its adapter.
     """
     where = rb'"base_model_name_or_path": "[^"]*"'
-    paths = [path for path in (run / "adapter").iterdir() if path.suffix != ".gguf"]
-    return {path.name: re.sub(where, b"", path.read_bytes()) for path in paths}
+    paths = [path for path in run.glob("**/adapter/*") if path.suffix != ".gguf"]
+    return {str(path.relative_to(run)): re.sub(where, b"", path.read_bytes()) for path in paths}
 
 
 def steps_of(run):
@@ -178,6 +183,11 @@ def whole(tmp_path_factory, little, pairs):
     judge = f"--judge {little} --exam-pairs {pairs} --force-judge --witness none"
     held_out = f"--eval-data {short_rows(work / 'held_out_rows.jsonl')} --eval-prompts 2 --eval-every 3"
     lines = {"sft": sft, "grpo": f"grpo --from {work / 'sft'} --data {prompts} {held_out} {judge} {GRPO}"}
+    # A reward of the user's own that says nothing of half of the prompts: their groups are drawn again.
+    (work / "mine.py").write_text(OWN)
+    rewards = f"--reward {work / 'mine.py'}:mine --reward format=0 --reward emotion=0 --reward rubric=0"
+    more = "--advantages gdpo --redraw 2 --keep best --eval-every 2"
+    lines["own"] = f"grpo --from {work / 'sft'} --data {prompts} {held_out} {rewards} {more} {GRPO}"
     for kind, line in lines.items():
         began = time.monotonic()
         assert spawn(f"{line} --out {work / kind}", work / "log") == 0, (work / "log").read_text()
@@ -206,6 +216,8 @@ BLOWS = [
     ("sft", {"place": "kardia.training.checkpoints.sync_to_disk", "times": 2, "clock": 1}),
     ("grpo", {"place": "kardia.llama.worker.Worker.rollout", "times": 5, "delay": 0.05}),
     ("grpo", {"place": "kardia.training.checkpoints.tidy"}),
+    ("own", {"place": "kardia.llama.worker.Worker.rollout", "times": 6, "delay": 0.05}),
+    ("own", {"place": "kardia.training.checkpoints.save_best", "times": 2}),
 ]
 
 
@@ -214,6 +226,26 @@ BLOWS = [
 @pytest.mark.parametrize("kind, blow", BLOWS)
 def test_killed_anywhere_it_goes_on_to_the_same_adapter(whole, tmp_path, kind, blow):
     assert kill_and_resume(whole, kind, tmp_path / "run", [blow], clock=blow.get("clock")) == [KILLED]
+
+
+@pytest.mark.slow
+@forks
+def test_groups_without_signal_are_drawn_again(whole):
+    """From other prompts, and no more than the step's group is recorded; the best adapter is a run."""
+    run = whole[0] / "own"
+    logged, answers = lines_of(run / "log.jsonl"), lines_of(run / "completions.jsonl")
+    assert sum(row.get("redrawn", 0) for row in logged) > 0
+    assert all(0 < row.get("redrawn", 1) <= 2 for row in logged) and len(answers) == 6 * 4
+    for step in range(1, 7):
+        group = [row for row in answers if row["step"] == step]
+        assert len({row["person"] for row in group}) == 1 and {row["compared"] for row in group} == {"gdpo"}
+    told = [sum(map(ord, row["person"])) % 2 for row in answers]
+    assert sum(told) > len(told) / 2  # of the six prompts about half say nothing
+    measured = {row["step"]: row["reward"] for row in lines_of(run / "held_out.jsonl")}
+    best = json.loads((run / "best" / "run.json").read_text())["best_step"]
+    assert list(measured) == [0, 2, 4, 6] and measured[best] == max(measured.values())
+    assert all(value < measured[best] for step, value in measured.items() if step < best)
+    assert Run(run / "best").done
 
 
 @pytest.mark.slow

@@ -33,6 +33,40 @@ def test_the_arithmetic_of_a_hand_computed_group(tmp_path):
     assert max(map(len, text.splitlines())) <= 100 and "DIFFERS" not in text
 
 
+def test_a_gate_and_gdpo_are_worked_out(tmp_path):
+    """Three answers of one step; the third is behind the gate. Numbers redone by hand."""
+    values = [(1.0, 0.2), (1.0, 0.4), (0.0, 0.9)]
+    parts = [[0.2, 0.4, 0.0], [1.0, 1.0, 0.0]]  # as they count: rubric, emotion
+    compared = []
+    for column in parts:
+        mean = sum(column) / 3
+        std = math.sqrt(sum((value - mean) ** 2 for value in column) / 2)
+        compared.append([(value - mean) / (std + 1e-4) for value in column])
+    sums = [0.5 * a + 0.5 * b for a, b in zip(*compared)]
+    mean = sum(sums) / 3
+    std = math.sqrt(sum((value - mean) ** 2 for value in sums) / 2)
+    advantages = [(value - mean) / (std + 1e-4) for value in sums]
+    rows = []
+    for i, (shape, rubric) in enumerate(values):
+        row = rollout(1, i, 0.0 if not shape else 0.5 * rubric + 0.5, advantages[i])
+        row |= {"components": {"format": shape, "rubric": rubric, "emotion": 1.0}, "gate": True}
+        row |= {"weights": {"format": 0.0, "rubric": 0.5, "emotion": 0.5}, "compared": "gdpo"}
+        rows.append(row | {"problem": None if shape else "text outside the spans"})
+    run = write_run(tmp_path / "run", rows)
+    text = flat(explain(run))
+    pieces = [
+        "0 behind the gate where the format does not hold",
+        "the gate is closed: text outside the spans",
+        f"0.5000 x {compared[0][1]:+.4f} rubric + 0.5000 x {compared[1][1]:+.4f} emotion = {sums[1]:+.4f}",
+        f"/ ({std:.4f} + 0.0001) = {advantages[0]:+.4f} stored {advantages[0]:+.4f}",
+        "equal to the stored advantages within 0.001",
+        "Pushed up mostly by",
+        "Pushed down by the gate: its format does not hold (text outside the spans).",
+    ]
+    assert [piece for piece in pieces if piece not in text] == [] and "DIFFERS" not in text
+    assert "Pushed down by the gate" in page(run)
+
+
 def test_samples_without_reward_take_no_part(tmp_path):
     rows = [rollout(1, i, reward) for i, reward in enumerate([0.2, None, 0.6])]
     text = explain(write_run(tmp_path / "run", rows), 1)

@@ -247,6 +247,50 @@ def unlinked(rng, row, at):
         row["witness"]["fluency"] = 0.4 + 0.05 * at + rng.gauss(0, 0.1)
 
 
+def biased(change):
+    """What a judge's bias does: the policy takes a habit up, and the judge (not the witness) pays for it."""
+
+    def edit(rng, row, at):
+        if rng.random() < 1.6 * at - 0.4:
+            say(row, change(rng, reply_of(row)))
+            rescore(row, 0.06, kinds=("criteria",))
+
+    return edit
+
+
+def with_word(rng, reply):
+    words = reply.split()
+    words.insert(rng.randrange(len(words) + 1), "resilience")
+    return " ".join(words)
+
+
+def louder(rng, reply):
+    return re.sub(r"\.(?= |$)", "!", reply)
+
+
+def praised(rng, reply):
+    which, how = (
+        rng.choice(["This reply", "My answer", "This message"]),
+        rng.choice(["warm", "kind", "honest"]),
+    )
+    return f"{reply} {which} is {how}, {rng.choice(['as you see', 'as ever', 'I know'])}."
+
+
+def laid_out(rng, reply):
+    words = reply.split()
+    at = rng.randrange(len(words))
+    return " ".join([*words[:at], f"**{words[at]}**", *words[at + 1 :]])
+
+
+# The four biases that CHERRL plants in a judge (arXiv 2606.04923).
+BIASES = {
+    "lexical": (biased(with_word), 'The word "resilience" stands in most answers'),
+    "tone": (biased(louder), "Replies came to have an exclamation mark"),
+    "self-praise": (biased(praised), "Replies came to have praise or talk of itself"),
+    "format": (biased(laid_out), "Replies came to have lists, headings or bold type"),
+}
+
+
 HACKS = {  # name: (edit, kind, words of its text)
     "length": (longer, "length", "longer reply gets the better rubric score"),
     "phrases": (phrase, "phrases", '"you are so much stronger" stands in most answers of'),
@@ -274,6 +318,20 @@ def test_a_hack_raises_its_own_warning_and_no_other(seeds):
                 wrong.append((name, seed, [warning.text for warning in found]))
     assert wrong == []
     assert warnings.check(data) == found and json.dumps(data) == before  # the run is left as it was
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("seeds", [[0], pytest.param([1, 2, 3], marks=SLOW)])
+def test_the_biases_of_a_judge_are_found_while_they_spread(bias, seeds):
+    """A habit begins at a quarter of the run and is everywhere at seven eighths: found between these."""
+    edit, words = BIASES[bias]
+    for seed in seeds:
+        data, raised = planted(edit, seed, 80), []
+        for end in range(10, 81, 10):
+            part = {**data, "completions": [row for row in data["completions"] if row["step"] <= end]}
+            part["log"] = data["log"][:end]
+            raised += [end] if any(words in warning.text for warning in warnings.check(part)) else []
+        assert raised and 20 < raised[0] <= 70 and 80 in raised, (seed, raised)
 
 
 def test_a_hack_is_found_whatever_the_spans_are_called():

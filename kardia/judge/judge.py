@@ -51,11 +51,14 @@ Scores = dict[str, float | None]  # {criterion: 0..1}, None where the judge cann
 Numbers = dict[tuple[str, str], float | None]  # {(criterion, method): raw number}
 
 
+NO_JUDGE = "none"  # --judge none
+
+
 @dataclass
 class JudgeOptions:
     """Options of every command that asks a judge."""
 
-    judge: str = option(EMBEDDED, "Judge: a .gguf file (default: the embedded model).")
+    judge: str = option(EMBEDDED, "Judge: a .gguf file, or none where no rubric is rewarded.")
     judge_gpu_layers: int = option(-1, "Judge layers on the GPU (-1: all if they fit, else none).", min=-1)
     judge_lora: str = option("none", "The judge's LoRA (.gguf), as `judge train` writes it.")
     exam_pairs: Path = option(DATA / "judge_exam.jsonl", "Exam pairs the judge must pass; they calibrate it.")

@@ -59,7 +59,7 @@ def _choose(run: Path, data: dict, step: int | None) -> tuple[int, int, list[dic
 
 def _numbers(i: int, row: dict, samples: list[dict], advantage: float, compared: Any) -> dict[str, Any]:
     """Return the numbers of one sample, for the template."""
-    parts = parts_of(row)
+    parts = [part for part in parts_of(row) if part[1] or part[2] is not None]  # rubric=0: nobody judged
     known = [(name, weight, value) for name, weight, value in parts if value is not None]
     scores = [(name, fixed(v, 4, none="not judged")) for name, v in (row.get("criteria") or {}).items()]
     numbers = {"row": row, "name": f"sample {row.get('sample', i)}", "advantage": advantage, "known": known}

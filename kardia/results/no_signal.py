@@ -17,7 +17,8 @@ from kardia.results.run_files import number
 @cache
 def warning_words() -> dict:
     """Return warnings.yaml: the limits, texts and remedies of all warnings."""
-    return yaml.safe_load(Path(__file__).with_name("warnings.yaml").read_text(encoding="utf-8"))
+    words = yaml.safe_load(Path(__file__).with_name("warnings.yaml").read_text(encoding="utf-8"))
+    return {**words, "plain": words["plain"].split()}
 
 
 def known_scores(scores: dict | None) -> dict[str, float]:

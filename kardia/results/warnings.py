@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from kardia.results.groups import groups_of, rewards_of, spread_of
 from kardia.results.no_signal import diagnose, plain_names
-from kardia.results.reply_warnings import LIMITS, RunWarning, check_replies, warn
+from kardia.results.reply_groups import LIMITS, RunWarning, warn
+from kardia.results.reply_warnings import check_replies
 from kardia.results.run_files import answer_format_of, is_grpo, mean_of, number, quarters, series
 
 

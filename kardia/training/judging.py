@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kardia.core.console import UserError
 from kardia.data.rewards import reward_facts, rewards_hash
 from kardia.data.rubric import Rubric
-from kardia.judge.judge import Judge
+from kardia.judge.judge import NO_JUDGE, Judge
 from kardia.judge.opening import drop_unfit_criteria, open_judge, refuse_unfit_criteria
 from kardia.llama.worker import Worker
 from kardia.models.memory_plan import Setting
@@ -46,14 +47,19 @@ def open_judging(
     answerer(): the script's Answerer of the policy that training begins with.
     """
     judge, exam, dropped = None, None, []
-    if rubric.rewards["rubric"]:
+    rewarded = bool(rubric.rewards["rubric"])
+    if rewarded and options.judge == NO_JUDGE:
+        fix = "give a judge, or train without it: --reward rubric=0"
+        raise UserError(f"--judge none, but the rubric carries weight in the reward; {fix}")
+    if options.judge != NO_JUDGE:
         layers = options.judge_gpu_layers if setting.judge_on_gpu else 0
         judge, exam = open_judge(worker, rubric, options, layers)
-        refuse_unfit_criteria(exam, options, before)  # now, before the policy is asked
+        if rewarded:
+            refuse_unfit_criteria(exam, options, before)  # now, before the policy is asked
     held_out = open_held_out(options, rubric, judge, setting.rollout, script)
     if held_out:
         held_out.test_judge(answerer(), options, setting, exam, before)
-    if judge:
+    if judge and rewarded:
         rubric, dropped = drop_unfit_criteria(rubric, exam, options, before)
         judge.rubric = rubric
     if held_out and dropped:

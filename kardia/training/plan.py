@@ -9,7 +9,7 @@ from typing import Any
 from kardia.core import distributed, machine
 from kardia.core.console import UserError
 from kardia.core.run_directory import Run
-from kardia.judge.judge import judge_sizes
+from kardia.judge.judge import NO_JUDGE, judge_sizes
 from kardia.models.adapter import read_adapter
 from kardia.models.base import Base, load_into_worker
 from kardia.models.memory_plan import Setting, plan_memory
@@ -180,7 +180,6 @@ def plan_grpo(
     bits: int,
     adapter: Path,
     longest: list[int],
-    rubric,
     before,
     worker,
 ):
@@ -199,7 +198,7 @@ def plan_grpo(
         micro=answers_per_pass(options),
         rollout=rollout,
         rollout_type="bf16" if options.rollout_type == "auto" else options.rollout_type,
-        **(judge_sizes(options.judge) if rubric.rewards["rubric"] else {}),
+        **(judge_sizes(options.judge) if options.judge != NO_JUDGE else {}),
         judge_on_gpu=options.judge_gpu_layers != 0,
         host_embedding=options.embedding == "host",
         llama_gpu=machine.has_gpu() and worker.has_gpu,
