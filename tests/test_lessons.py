@@ -1,10 +1,16 @@
-"""The toy lesson: its slope is autograd's, and its printed numbers can be redone on paper."""
+"""The lessons: the toy can be redone on paper, the notebook runs, the rewards are what the pages say."""
 
+import json
 import re
 
 import pytest
 
+import kardia_lite as k
+from kardia.core.options import PROJECT
+from kardia.data.rewards import own_rewards, with_rewards
 from kardia.results import toy
+
+LESSONS = PROJECT / "docs" / "lessons"
 
 
 def test_the_slope_is_autograds_slope():
@@ -39,3 +45,38 @@ def test_the_printed_numbers_can_be_redone_on_paper():
     assert len(lines) == 4 and len(slopes) == 2
     assert text.count("clipped: no slope") == 3 and text.count("inside: pushed on") == 1
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_rewards_of_the_lessons(rubric):
+    """By hand: short and asking, short, long and asking, no reply; warm words, counted once each time."""
+    names = (f"{LESSONS / 'rewards.py'}:brief", f"{LESSONS / 'rewards.py'}:warm")
+    rubric, texts = with_rewards(rubric, names), ["Who is with you?", "I see.", "so " * 21 + "is it?", None]
+    spans = dict.fromkeys(k.DEFAULT_FORMAT.names, "x")
+    answers = [k.render_answer({**spans, "response": text}) if text else "nothing" for text in texts]
+    warm = k.render_answer(
+        {**spans, "response": "I am sorry. That sounds hard, I understand how you feel. Sorry."}
+    )
+    dialogue = k.load_rows([k.DATA / "prompts.jsonl"], rubric, "prompt")[0]
+    found = own_rewards(rubric, [(dialogue, text) for text in [*answers, warm]])
+    assert [each["brief"] for each in found] == [1.0, 0.5, 0.5, 0.0, 0.5]
+    assert [each["warm"] for each in found] == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Cell after cell, with the smallest sizes; what it shows is there."""
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((LESSONS / "1_your_own_reward.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sizes = f"""from pathlib import Path
+OUT = Path({str(tmp_path)!r})
+SFT = "--limit 4 --max-steps 2 --batch-size 2 --learning-rate 0.003 --max-length 860"
+GRPO = "--steps 2 --group-size 2 --max-tokens 24 --inspect-every 0 --eval-prompts 0 --redraw 0"
+"""
+    space = {}
+    for cell in cells:
+        source = sizes if "parameters" in cell["metadata"].get("tags", []) else "".join(cell["source"])
+        exec(compile(source, "cell", "exec"), space)
+    assert len(space["log"]) == 2 and len(space["answers"]) == 4
+    assert all(not cell["outputs"] for cell in cells)

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from argparse import Namespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from kardia.core.console import UserError
 from kardia.core.options import DATA, RUBRIC
 from kardia.data.rewards import check_functions, own_rewards, rewards_hash, with_rewards
 from kardia.data.rubric import load_rubric
+from kardia.training.judging import open_judging
 
 SPANS = {"understanding": "u", "reasoning": "r", "emotion": "sad", "response": "I am here. Where is he now?"}
 TEXT = k.render_answer(SPANS)
@@ -147,6 +149,19 @@ def test_what_reward_cannot_mean_is_one_line(rubric, tmp_path, spec):
         with_rewards(rubric, (f"{file}:mine", f"{file}:mine"))
 
 
+def test_no_judge_only_where_no_rubric_is_rewarded(rubric):
+    options = k.GRPOOptions(judge="none", eval_prompts=0)
+    with pytest.raises(UserError, match="--judge none, but the rubric carries weight"):
+        open_judging(None, rubric, options, None, {}, (None, None), None)
+    left = open_judging(
+        None, with_rewards(rubric, ("rubric=0",)), options, Namespace(rollout="llama"), {}, (None, None), None
+    )
+    assert left.judge is None and left.hashes()["judge"] == "none" and left.facts()["judge_exam"] is None
+    kept = k.GRPOOptions(judge="none", eval_prompts=0, keep="best")
+    with pytest.raises(UserError, match="--keep best needs held-out prompts"):
+        open_judging(None, left.rubric, kept, Namespace(rollout="llama"), {}, (None, None), None)
+
+
 def test_nothing_rewarded_is_refused(rubric):
     with pytest.raises(UserError, match="all weights are zero"):
         with_rewards(rubric, ("format=gate", "emotion=0", "rubric=0"))
@@ -174,6 +189,8 @@ def test_a_near_label_earns_its_credit(tmp_path):
         rubric.label_credit(a, b) for a, b in (("sad", "sad"), ("sad", "lonely"), ("afraid", "anxious"))
     ]
     assert credits == [1.0, 0.5, 0.5]
+    # Another word for a label, of the list beside it, is near it.
+    assert [rubric.label_credit(word, "afraid") for word in ("scared", "Nervous", "mad")] == [0.5, 0.5, 0]
     assert rubric.label_credit("afraid", "sad") == 0 and rubric.label_credit(None, "sad") == 0
     assert load_rubric(RUBRIC).label_credit("sad", "lonely") == 0 and rewards_hash(rubric) != rewards_hash(
         load_rubric(RUBRIC)

@@ -146,11 +146,12 @@ class Rubric:
         total = sum(self.given.values()) or 1.0
         return {name: weight / total for name, weight in self.given.items()}
 
-    def label_credit(self, label: str | None, right: str) -> float:
-        """Return 1 for the right label, what a near one earns, else 0."""
-        if label == right:
-            return 1.0
-        near = self.near and any(label in group and right in group for group in self.near.groups)
+    def label_credit(self, word: str | None, right: str) -> float:
+        """Return 1 for the right label, what a near one or another word for either earns, else 0."""
+        if word == right or not self.near:
+            return float(word == right)
+        label = self.labels.get((word or "").lower())
+        near = label == right or any(label in group and right in group for group in self.near.groups)
         return self.near.credit if near else 0.0
 
     @property

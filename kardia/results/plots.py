@@ -197,12 +197,28 @@ def _held_out(runs: list[tuple[int, int, dict]]) -> list[tuple[int, int, dict]]:
     """Return the runs with their measurements on held-out prompts in place of the log."""
     measured = []
     for look, dash, run in runs:
-        rows = [
-            {**row, "wins": ((row.get("wins") or {}).get("rubric") or {}).get("rate")}
-            for row in run["held_out"]
-        ]
+        rows = []
+        for row in run["held_out"]:
+            seen = [number(score) for score in (row.get("witness") or {}).values()]
+            won = ((row.get("wins") or {}).get("rubric") or {}).get("rate")
+            known = [score for score in seen if score is not None]
+            rows.append({**row, "wins": won, "witness_mean": mean_of(known)})
         measured.append((look, dash, {**run, "log": rows}))
     return measured
+
+
+def _held_out_charts(runs: list[tuple[int, int, dict]]) -> list[Chart]:
+    """Return the figures of held-out prompts, those of the label and of the user's own rewards included."""
+    measured = _held_out(runs)
+    known = {key for key, *_ in _figures()["held_out"].values()} | {"step", "n", "written", "seconds"}
+    names = dict.fromkeys(
+        key for *_, run in measured for row in run["log"] for key in row if number(row[key]) is not None
+    )
+    charts = _logged(measured, "held_out")
+    for name in [name for name in names if name not in known][:CRITERIA]:
+        curves = [Curve(run["name"], look, dash, series(run["log"], name)) for look, dash, run in measured]
+        charts.append(Chart(f"{name}, held out".replace("_", " "), curves))
+    return charts
 
 
 def _reward_charts(runs: list[tuple[int, int, dict]]) -> list[tuple[str, list[Chart]]]:
@@ -230,7 +246,7 @@ def charts_of(runs: list[dict]) -> list[tuple[str, list[tuple[str, list[Chart]]]
         mine = [(i, dash, run) for dash, (i, run) in enumerate(zip(mine, named))]
         blocks = [("", _logged(mine, "sft", "speed"))]
         if grpo:
-            blocks = [*_reward_charts(mine), ("Held-out prompts", _logged(_held_out(mine), "held_out"))]
+            blocks = [*_reward_charts(mine), ("Held-out prompts", _held_out_charts(mine))]
             blocks.append(("Health of the run", _logged(mine, "health")))
             blocks.append(("Speed and memory", _logged(mine, "speed")))
         blocks = [(heading, [chart for chart in charts if chart.curves]) for heading, charts in blocks]

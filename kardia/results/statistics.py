@@ -93,6 +93,16 @@ def _scores_of(rewards, metric: str, label: str = ""):
     return np.array([np.nan if value is None else value for value in values], float)
 
 
+def _witness_columns(rewards) -> dict[str, Any]:
+    """Return {"witness, criterion": scores [prompts]}; NaN where it could not read the answer."""
+    import numpy as np
+
+    names = dict.fromkeys(name for reward in rewards for name in reward.witness)
+    known = {name: [reward.witness.get(name) for reward in rewards] for name in names}
+    unknown = {name: [np.nan if x is None else x for x in values] for name, values in known.items()}
+    return {f"witness, {name}": np.array(values, float) for name, values in unknown.items()}
+
+
 def _gap(table: dict, name: str, other: str, metric: str):
     """Return the paired differences of two models on one metric, without unknown ones."""
     import numpy as np
@@ -102,8 +112,10 @@ def _gap(table: dict, name: str, other: str, metric: str):
 
 
 def _compare(summary: dict, table: dict, name: str, other: str, rng) -> None:
-    """Add the paired differences of two models, and how often the first wins on the rubric, to `summary`."""
-    for metric in table[name]:
+    """Add the paired differences of two models, and how often the first wins on the rubric, to `summary`.
+
+    table: {model: {metric: [prompts]}}."""
+    for metric in [metric for metric in table[name] if metric in table[other]]:
         gap = _gap(table, name, other, metric)
         if gap.size:
             entry = {"better": name, "than": other, "metric": metric, **bootstrap(gap, rng)}
@@ -175,6 +187,8 @@ def summarize(dialogues, answers, scores, rubric, seed: int, references=None) ->
     for name in names:
         known = {m: values[~np.isnan(values)] for m, values in table[name].items()}
         summary["metrics"][name] = {m: bootstrap(values, rng) for m, values in known.items() if values.size}
+    for name, rewards in scores.items():
+        table[name] |= _witness_columns(rewards)  # compared, too
     for i, name in enumerate(names[1:], 1):
         for other in dict.fromkeys([names[i - 1], names[0]]):
             _compare(summary, table, name, other, rng)

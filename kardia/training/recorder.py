@@ -15,6 +15,7 @@ from kardia.results import run_files, warnings
 from kardia.results.groups import groups_of
 from kardia.training.progress import Board
 
+GROWN = 1.1  # times the memory after the first step: what was freed since goes back to the system
 OTHER_TIMES = ("rollout", "judge", "inspect", "held_out")  # of a step, beside its update
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a batch system sends before it kills
 
@@ -51,6 +52,7 @@ class Recording:
         self.last_check = 0  # the step of the last look for warnings
         self.last, self.tokens, self.passes = time.monotonic(), None, 0
         self.tokens_before: float | None = 0  # seen before this process began
+        self.settled = 0.0  # GB in use after this process's first step
 
     def on_train_begin(self, args, state, control, **_):
         self.last, self.tokens = time.monotonic(), self.tokens_before
@@ -84,10 +86,20 @@ class Recording:
 
     def on_step_end(self, args, state, control, **_):
         self.extra = self.step_done(state.global_step)
+        self._trim()
         # The signal may reach one process a step before another.
         self.stopping = distributed.any_of(self.stopping)
         if self.stopping:
             control.should_save = control.should_training_stop = True
+
+    def _trim(self) -> None:
+        """Give freed memory back when it has grown: rows of ever other lengths break up what glibc keeps."""
+        used = machine.used_gb()
+        if not self.settled:
+            self.settled = used
+        elif used > GROWN * self.settled and not machine.has_gpu():
+            machine.release_memory()
+            self.settled = max(self.settled, machine.used_gb())
 
     def on_log(self, args, state, control, logs=None, **_):
         if not logs or "train_runtime" in logs:
