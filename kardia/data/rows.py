@@ -5,14 +5,16 @@ A row is one line of JSON: `{person, mbti, emotion, situation, anon_username, me
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kardia.core.console import UserError, shorten
+from kardia.core.console import UserError, say, shorten
 from kardia.core.files import json_lines
+from kardia.data.rubric import row_criteria
 
 NO_PROFILE = "No profile is given."  # imports write it where a data set has no persons; the judge drops it
 NO_SITUATION = "Not told yet."
@@ -48,6 +50,8 @@ def read_rows(paths: list, rubric: Any, parse_answer: Callable, kind: str = "any
         raise UserError("\n".join([title, *errors[:50], *more]))
     if not rows:
         raise UserError(f"{', '.join(map(str, paths))}: no rows; expected JSONL dialogues")
+    if any(isinstance(row.get("rubric"), list) for row, _ in rows) and not rubric.reads("row"):
+        say("  rows carry a rubric of their own, which nothing reads: no criterion has method row")
     return rows
 
 
@@ -80,6 +84,7 @@ def _errors(row: dict, rubric: Any, parse_answer: Callable) -> Iterator[tuple[st
         elif key == form.label and value not in labels.values():
             hint = f" (is it {labels[value.lower()]!r}?)" if value.lower() in labels else ""
             yield f"{key} {shorten(value)!r}", f"one of the labels in rubrics.yaml{hint}"
+    yield from _own_errors(row, rubric)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         yield f"messages = {shorten(messages, 40)}", "a list of {role, content}"
@@ -102,6 +107,19 @@ def _errors(row: dict, rubric: Any, parse_answer: Callable) -> Iterator[tuple[st
                     yield f"{name} {form.label} span {shorten(label)!r}", expected
             except ValueError as error:
                 yield f"{name}: {error}", f"{', '.join(form.names)}, each once, in this order"
+
+
+def _own_errors(row: dict, rubric: Any) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong in a row's own rubric and reference, where a criterion reads them."""
+    reference = row.get("reference", "x")
+    if rubric.reads("reference") and (not isinstance(reference, str) or not reference.strip()):
+        yield f"reference = {shorten(reference)}", "reference: a good reply, as a text"
+    if rubric.reads("row") and "rubric" in row:
+        try:
+            row_criteria(json.dumps(row["rubric"]))
+        except UserError as error:
+            found, _, expected = error.message.removeprefix("rubric: ").partition(" / expected ")
+            yield f"rubric: {found.removeprefix('found ')}", expected
 
 
 def find_span(text: str, name: str) -> str | None:

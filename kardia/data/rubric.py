@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from kardia.core.console import CONTROL, UserError, shorten
 from kardia.core.files import digest
 
 LARGEST = 256 << 10  # bytes: a minute of pure Python's YAML would pass for a hang
-METHODS = ("ask", "chat", "contrast", "pmi", "likelihood", "likert", "mix")  # kardia/judge/judge.py
+# How a criterion is read (kardia/judge/judge.py); the last two need something of the row.
+METHODS = ("ask", "chat", "contrast", "pmi", "likelihood", "likert", "mix", "row", "reference")
+OWN_METHODS = ("ask", "chat", "contrast")  # of a row's own criteria: log-odds, so that they add up
 HELD_OUT = "held_out"  # `ask` with the criterion's other question: only a witness reads it
 ROW_KEYS = set("person mbti situation anon_username messages".split())  # beside the label's key
 GUARDS = tuple(  # what each refuses: kardia/judge/guards.py
@@ -164,6 +166,10 @@ class Rubric:
         """Return each criterion's weight by name."""
         return {criterion.name: criterion.weight for criterion in self.criteria}
 
+    def reads(self, method: str) -> bool:
+        """Return whether a criterion may be read by a method."""
+        return any(method in criterion.methods for criterion in self.criteria)
+
     def without(self, names) -> Rubric:
         """Return the same rubric with the weights of `names` set to 0 (criteria the judge cannot judge).
 
@@ -176,6 +182,17 @@ class Rubric:
             if gate and not any(given.values()):  # a gate before nothing
                 given, gate = {**given, "format": 1.0}, False
         return dataclasses.replace(self, criteria=criteria, given=given, gate=gate)
+
+
+@lru_cache(maxsize=4096)
+def row_criteria(text: str, where: str = "rubric") -> tuple[Criterion, ...]:
+    """Return the criteria of a row's own rubric (JSON text), in the words of the file. Raise UserError."""
+    criteria = _Checks(Path(where)).criteria(json.loads(text), weighted=True)
+    for i, criterion in enumerate(criteria):
+        odd = [method for method in criterion.methods if method not in OWN_METHODS]
+        expected = f"some of {', '.join(OWN_METHODS)} in a row's own rubric"
+        _Checks(Path(where)).expect(not odd, f"criteria[{i}].method", ", ".join(odd), expected)
+    return criteria
 
 
 def load_rubric(path: Path) -> Rubric:
@@ -351,7 +368,7 @@ class _Checks:
         """Return ((method, weight), ..) of {method: weight}; () if there is none and none is wanted."""
         if entry is None and not wanted:
             return ()
-        readable = [method for method in METHODS if method != "mix"]
+        readable = [method for method in METHODS if method not in ("mix", "row", "reference")]
         expected = f"a mapping of some of {', '.join(readable)} to weights"
         self.expect(isinstance(entry, dict) and entry, key, entry, expected)
         for method in entry:

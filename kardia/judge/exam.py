@@ -10,6 +10,7 @@ at a time. Length, begging sentences and reading twice are measured.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from kardia.core.console import UserError, shorten
 from kardia.core.files import checked_rows
-from kardia.data.rubric import Criterion
+from kardia.data.rubric import Criterion, row_criteria
 from kardia.judge.cues import cue_report, followed_cue
 from kardia.judge.exam_statistics import chance, choose_method, fit_calibration, right_or_wrong, share
 from kardia.judge.guards import rules
@@ -63,6 +64,13 @@ def _flaw(row: Any) -> str:
         texts = []
     if not texts or not all(isinstance(text, str) for text in texts):
         return f"messages = {shorten(row.get('messages'), 40)}"
+    if "rubric" in row:
+        try:
+            row_criteria(json.dumps(row["rubric"]))
+        except UserError as error:
+            return error.message
+    if not isinstance(row.get("reference", ""), str):
+        return f"reference = {shorten(row['reference'], 40)}"
     return ""
 
 
@@ -134,7 +142,8 @@ def reference_test(judge: Judge, pairs: list[dict]) -> dict[str, dict[str, float
         written, own = judge.numbers(sides, judge.wanted, guarded=False)
         for name, method in written:
             won[name].append(right_or_wrong(written[name, method], own[name, method]))
-    return {name: {"n": len(results), **share(sum(results), len(results))} for name, results in won.items()}
+    asked = {name: results for name, results in won.items() if results}
+    return {name: {"n": len(results), **share(sum(results), len(results))} for name, results in asked.items()}
 
 
 def verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple[dict, Side]]) -> dict:
@@ -144,7 +153,8 @@ def verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple[
     """
 
     def results_of(method: str) -> list[float]:
-        return [right_or_wrong(good[name, method], bad[name, method]) for _, (good, bad) in rows]
+        # A pair without a rubric or a reference, where the method needs one, counts as wrong.
+        return [right_or_wrong(good.get((name, method)), bad.get((name, method))) for _, (good, bad) in rows]
 
     n, name = len(rows), criterion.name
     right = {method: results_of(method) for method in candidates}
@@ -155,7 +165,7 @@ def verdict(criterion: Criterion, candidates: tuple[str, ...], rows: list[tuple[
     result, baseline = share(sum(held_out), n), longer / n if n else 0.0
     # The permutation test takes most of the arithmetic's time: only what can pass gets it.
     p = chance(right, result["correct"]) if n >= FEWEST and result["accuracy"] > 0.5 else 1.0
-    margins = [(good[name, method], bad[name, method]) for _, (good, bad) in rows]
+    margins = [(good.get((name, method)), bad.get((name, method))) for _, (good, bad) in rows]
     cues = cue_report([row for row, _ in rows], margins)
     fit, why = _fit(result, n, p, baseline, cues)
     bias = {}
@@ -190,7 +200,7 @@ def _fit(result: dict[str, float], n: int, p: float, baseline: float, cues: dict
 
 def _calibrate(rows: list[tuple[dict, Side]], name: str, method: str) -> dict[str, float]:
     """Return {slope, middle} of one method; pairs the judge could not score take no part."""
-    raw = [(good[name, method], bad[name, method]) for _, (good, bad) in rows]
+    raw = [(good.get((name, method)), bad.get((name, method))) for _, (good, bad) in rows]
     scored = [pair for pair in raw if None not in pair]
     return dataclasses.asdict(fit_calibration(*map(list, zip(*scored))) if scored else Calibration())
 

@@ -1,7 +1,7 @@
 """Ask a GGUF what it makes of a reply, without letting it write: every score is read off log-probabilities.
 
 The context (profile, situation, turns) is decoded once, each reply once, and the criteria are short branches
-of it (`Worker.branches`). Seven methods, one number each, higher is better:
+of it (`Worker.branches`). One number per method, higher is better:
 
     ask        log p(" yes") - log p(" no") after a question about the reply
     chat       the same in the judge's chat template, Yes or yes against No or no
@@ -10,6 +10,8 @@ of it (`Worker.branches`). Seven methods, one number each, higher is better:
     likelihood log p(reply | context) / tokens of the reply
     likert     expected digit of 1..5 after "Score: " in the judge's chat template
     mix        a weighted sum of some of the above, with the weights of the rubric
+    row        the weighted mean of the row's own criteria; a row without any is not asked
+    reference  (log p(reply | reference, context) - log p(reply | context)) / (tokens + USUAL_TOKENS)
 
 The exam (exam.py) chooses the method of each criterion and turns its raw number into a score between 0 and 1:
 the probability that a reply with this number is the better one of an exam pair. Replies and dialogue are
@@ -19,16 +21,16 @@ untrusted and tokenized without special tokens; guards.py refuses some before an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kardia.core.console import UserError
 from kardia.core.options import DATA, option
-from kardia.data.rows import NO_PROFILE, find_span
-from kardia.data.rubric import DEFAULT_FORMAT, AnswerFormat, Criterion, Rubric
+from kardia.data.rows import find_span
+from kardia.data.rubric import AnswerFormat, Criterion, Rubric
 from kardia.judge.guards import guard
+from kardia.judge.judged_reply import JudgedReply
 from kardia.llama.gguf_header import check_gguf, read_gguf
 from kardia.llama.sampling import logsumexp, sigmoid
 from kardia.llama.worker import Worker
@@ -49,8 +51,7 @@ WITNESS = "Reads what is never rewarded: auto = the embedded model without LoRA,
 
 Scores = dict[str, float | None]  # {criterion: 0..1}, None where the judge cannot tell
 Numbers = dict[tuple[str, str], float | None]  # {(criterion, method): raw number}
-
-
+NOT_ASKED = object()  # of a reply whose row has nothing to ask
 NO_JUDGE = "none"  # --judge none
 
 
@@ -69,68 +70,6 @@ class WitnessedJudgeOptions(JudgeOptions):
     """Options of the commands that also ask another reader, whose scores are never rewarded."""
 
     witness: str = option("auto", WITNESS)
-
-
-@dataclass(frozen=True)
-class JudgedReply:
-    """One reply in its dialogue. `messages` is the history, plain texts, ending with the user's turn."""
-
-    person: str
-    situation: str
-    messages: tuple[tuple[str, str], ...]  # (role, text)
-    reply: str
-
-    @classmethod
-    def from_dialogue(cls, dialogue, reply: str, form: AnswerFormat = DEFAULT_FORMAT) -> JudgedReply:
-        """Return what the judge sees of a Dialogue: of earlier answers only the span the person read."""
-        turns = tuple((role, find_span(text, form.reply) or text) for role, text in dialogue.messages)
-        return cls(dialogue.person, dialogue.situation, turns, reply)
-
-    @classmethod
-    def from_pair(cls, pair: Mapping[str, Any], key: str) -> JudgedReply:
-        """Return one side, "better" or "worse", of an exam pair."""
-        turns = tuple((message["role"], message["content"]) for message in pair["messages"])
-        return cls(pair.get("person", ""), pair.get("situation", ""), turns, pair[key])
-
-    @classmethod
-    def from_row(cls, row: Any, form: AnswerFormat = DEFAULT_FORMAT) -> JudgedReply:
-        """Return the reply of other people's row {messages, response, persona or person?, situation?}.
-
-        Raises ValueError if the row is something else.
-        """
-        try:
-            person, situation = row.get("persona") or row.get("person") or "", row.get("situation") or ""
-            turns = [(message["role"], message["content"]) for message in row["messages"]]
-            roles, texts = {role for role, _ in turns}, [row["response"], *(text for _, text in turns)]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError("not a row") from error
-        if not all(isinstance(text, str) for text in (person, situation, *texts)):
-            raise ValueError("not texts")
-        if not roles <= {"user", "assistant", "system"} or "user" not in roles:
-            raise ValueError("unknown roles")
-        reply, *texts = [find_span(text, form.reply) or text for text in texts]
-        plain = [(role, text) for (role, _), text in zip(turns, texts) if role != "system"]
-        return cls(person, situation, tuple(plain), reply)
-
-    @property
-    def said(self) -> list[str]:
-        """Return the person's own turns."""
-        return [text for role, text in self.messages if role == "user"]
-
-    @property
-    def known(self) -> list[str]:
-        """Return what else stands before the reply."""
-        return [self.person, self.situation]
-
-    @property
-    def context(self) -> str:
-        """Return the text before the reply; what is not known is not mentioned."""
-        person = "" if self.person == NO_PROFILE else self.person
-        known = {"Profile": person, "Situation": self.situation}
-        lines = [f"{name}: {text}" for name, text in known.items() if text]
-        blank = [""] if lines else []
-        turns = [f"{'User' if role == 'user' else 'Listener'}: {text}" for role, text in self.messages]
-        return "\n".join([*lines, *blank, *turns, "Listener:"])
 
 
 @dataclass(frozen=True)
@@ -218,6 +157,12 @@ class Judge:
 
         A guard's refusal is KNOWN_BAD. Not `guarded`: the model alone is asked, as the exam does.
         """
+        own = [(c, method) for c, method in wanted if method == "row"]
+        if own:
+            rows = self.numbers(replies, [pair for pair in wanted if pair not in own], guarded)
+            for row, raw in zip(rows, self._read_own(replies, guarded)):
+                row.update({(c.name, method): raw for c, method in own if raw is not NOT_ASKED})
+            return rows
         # What a mixture needs is read once, also where it is wanted by itself.
         mixed = [c for c, method in wanted if method == "mix"]
         if mixed:
@@ -228,21 +173,39 @@ class Judge:
                 row.update({(c.name, "mix"): mixture(c, row) for c in mixed})
             return [{(c.name, method): row[c.name, method] for c, method in wanted} for row in rows]
         results: list[Numbers] = [dict.fromkeys((c.name, method) for c, method in wanted) for _ in replies]
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, str], list[int]] = {}
         for i, reply in enumerate(replies):
             if guarded and self.refused(reply):
                 results[i] = dict.fromkeys(results[i], KNOWN_BAD)
             else:
-                groups.setdefault(reply.context, []).append(i)
+                groups.setdefault((reply.context, reply.reference), []).append(i)
         plain = [(c, method) for c, method in wanted if method not in IN_CHAT]
         in_chat = [(c, method) for c, method in wanted if method in IN_CHAT]
-        for context, members in groups.items():  # one prefix, all its replies
+        for (context, reference), members in groups.items():  # one prefix, all its replies
             texts = {i: replies[i].reply.strip() for i in members}
             if plain:
-                self._read_plain(context, texts, plain, results)
+                self._read_plain(context, texts, plain, results, reference)
             if in_chat:
                 self._read_in_chat(context, texts, in_chat, results)
+        for row, reply in zip(results, replies):
+            if not reply.reference:  # there is nothing to compare with
+                for key in [key for key in row if key[1] == "reference"]:
+                    del row[key]
         return results
+
+    def _read_own(self, replies: list[JudgedReply], guarded: bool) -> list[Any]:
+        """Return the weighted mean of each reply's own criteria, log-odds; NOT_ASKED for a row without."""
+        raws: list[Any] = [NOT_ASKED] * len(replies)
+        for criteria in dict.fromkeys(reply.criteria for reply in replies if reply.criteria):
+            members = [i for i, reply in enumerate(replies) if reply.criteria == criteria]
+            asked = [(c, self.candidates(c)[0]) for c in criteria]
+            total = sum(c.weight for c in criteria)
+            for i, row in zip(members, self.numbers([replies[i] for i in members], asked, guarded)):
+                values = [row[c.name, method] for c, method in asked]
+                raws[i] = next((value for value in values if value in (None, KNOWN_BAD)), NOT_ASKED)
+                if raws[i] is NOT_ASKED:
+                    raws[i] = sum(c.weight * value for c, value in zip(criteria, values)) / total
+        return raws
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._tokens:
@@ -258,22 +221,29 @@ class Judge:
         replies = {i: ids[:REPLY_TOKENS] for i, ids in zip(texts, tokenized)}
         return {i: ids for i, ids in replies.items() if others + len(ids) <= self.info["n_ctx_train"]}
 
-    def _read_plain(self, context: str, texts: dict[int, str], wanted: list, results: list[Numbers]) -> None:
-        """Read ask, contrast, pmi and likelihood of the replies in one context into `results`."""
+    def _read_plain(
+        self, context: str, texts: dict[int, str], wanted: list, results: list[Numbers], reference: str = ""
+    ) -> None:
+        """Read ask, contrast, pmi, likelihood and reference of the replies in one context into `results`."""
         prefix = self._start() + self.worker.tokenize(self.role, [context])[0]
         cues = dict.fromkeys(cue for c, method in wanted for cue in c.cues_of(method))  # each is asked once
         suffixes = [(self._ids(cue.text), [self._ids(w) for w in (*cue.good, *cue.bad)]) for cue in cues]
         tail = sum(len(cue) + sum(map(len, words)) for cue, words in suffixes)
-        replies = self._fitting({i: f" {text}" for i, text in texts.items()}, len(prefix) + tail)
+        told = self._start() + self._told(context, reference)
+        longest = max(len(prefix), len(told))
+        replies = self._fitting({i: f" {text}" for i, text in texts.items()}, longest + tail)
         if not replies:
             return
         methods, ids = {method for _, method in wanted}, list(replies.values())
-        scored = not methods.isdisjoint(("pmi", "likelihood"))
+        scored = not methods.isdisjoint(("pmi", "likelihood", "reference"))
         answers = alone = self.worker.branches(self.role, prefix, ids, suffixes, score_reply=scored)
         if "pmi" in methods:
             nothing = self._start() + self._ids("Listener:")
             alone = self.worker.branches(self.role, nothing, ids, [], score_reply=True)
-        for i, answer, bare in zip(replies, answers, alone):
+        informed = answers
+        if "reference" in methods and reference:
+            informed = self.worker.branches(self.role, told, ids, [], score_reply=True)
+        for i, answer, bare, better in zip(replies, answers, alone, informed):
             margins = {}
             for cue, logps in zip(cues, answer["suffixes"]):
                 good = len(cue.good)
@@ -283,10 +253,20 @@ class Judge:
                 if method == "pmi":
                     gain = answer["reply"] - bare["reply"]
                     results[i][c.name, method] = gain / (len(replies[i]) + USUAL_TOKENS)
+                elif method == "reference":
+                    gain = better["reply"] - answer["reply"]
+                    results[i][c.name, method] = gain / (len(replies[i]) + USUAL_TOKENS)
                 elif method == "likelihood":
                     results[i][c.name, method] = answer["reply"] / len(replies[i])
                 elif own:
                     results[i][c.name, method] = sum(margins[cue] for cue in own) / len(own)
+
+    def _told(self, context: str, reference: str) -> list[int]:
+        """Return the context after a good reply, of which the judge reads as much as of any; [] without."""
+        if not reference:
+            return []
+        good = self.worker.tokenize(self.role, [f"A good reply: {reference.strip()}"])[0][:REPLY_TOKENS]
+        return good + self.worker.tokenize(self.role, [f"\n\n{context}"])[0]
 
     def _read_in_chat(
         self, context: str, texts: dict[int, str], wanted: list, results: list[Numbers]
@@ -347,8 +327,8 @@ def mixture(criterion: Criterion, row: Numbers) -> float | None:
 
 
 def weighted(scores: Scores, weights: dict[str, float]) -> float | None:
-    """Return the mean over the criteria that carry weight; None if one of them is unknown."""
-    carrying = {name: weight for name, weight in weights.items() if weight}
+    """Return the mean over the criteria that carry weight and were asked; None if one of them is unknown."""
+    carrying = {name: weight for name, weight in weights.items() if weight and name in scores}
     total = sum(carrying.values())
     if not total or any(scores.get(name) is None for name in carrying):
         return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kardia.data.rows import WORD, find_span
 from kardia.results.groups import groups_of
 from kardia.results.no_signal import known_scores, warning_words
-from kardia.results.run_files import fixed, mean_of
+from kardia.results.run_files import fixed, mean_of, number
 
 _WORDS = warning_words()
 LIMITS = SimpleNamespace(**_WORDS["limits"])  # of all warnings; warnings.yaml gives their reasons
@@ -39,6 +39,7 @@ class Answer:
     begs: bool  # a guard refused it because it speaks to the judge
     judged: bool  # a refused reply is 0 on everything, and says nothing about the judge
     rubric: float | None
+    reward: float | None
     criteria: dict[str, float]
     witness: dict[str, float]
 
@@ -55,7 +56,8 @@ def _answer(row: dict, reply: str) -> Answer:
     words, refused = WORD.findall(text), row.get("refused")
     scores = [known_scores(row.get(key)) for key in ("criteria", "witness")]
     rubric, judged = known_scores(row.get("components")).get("rubric"), bool(words) and not refused
-    return Answer(text, words, refused == "speaks to the judge", judged, rubric, *scores)
+    reward = number(row.get("reward"))
+    return Answer(text, words, refused == "speaks to the judge", judged, rubric, reward, *scores)
 
 
 def groups_of_replies(rows: list[dict], reply: str) -> list[Group]:

@@ -2,7 +2,7 @@
 
 These are what a judge can be biased to (CHERRL, arXiv 2606.04923, plants four kinds: lexical, tone,
 self-praise, format). A habit is a yes or no of one reply. It is reported if it came to stand in most answers
-of many more groups, and if the judge's scores of one group do not speak against it.
+of many more groups, and if the rewards of one group do not speak against it.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _risen(parts: tuple[list, list], least: float) -> list[tuple[int, int, int, 
 
 
 def _paid(groups: list[Group], having: list[list[set[str]]], name: str) -> tuple[bool, str]:
-    """Return (whether the judge does not speak against a habit, what it says in words)."""
+    """Return (whether the rewards do not speak against a habit, what they say in words)."""
     marked = {
         id(answer): name in names for g, each in zip(groups, having) for answer, names in zip(g.answers, each)
     }
-    link = link_of(judged_in(groups, lambda answer: float(marked[id(answer)]), lambda answer: answer.rubric))
+    link = link_of(judged_in(groups, lambda answer: float(marked[id(answer)]), lambda answer: answer.reward))
     if link is None:
-        return True, "too few groups mix replies with and without it to say whether the judge pays for it"
-    return link[0].high > 0, f"inside a group its correlation with the rubric's score is {link[0]}"
+        return True, "too few groups mix replies with and without it to say whether it pays"
+    return link[0].high > 0, f"inside a group its correlation with the reward is {link[0]}"
 
 
 def check_habits(groups: list[Group]) -> Iterator[RunWarning]:

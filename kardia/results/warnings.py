@@ -17,6 +17,12 @@ from kardia.results.reply_warnings import check_replies
 from kardia.results.run_files import answer_format_of, is_grpo, mean_of, number, quarters, series
 
 
+def rubric_counts(run: dict) -> bool:
+    """Return whether the rubric carries weight in a run's reward; it does where nothing else is recorded."""
+    weights = (run.get("reward") or {}).get("weights") or {}
+    return number(weights.get("rubric")) != 0
+
+
 def _exam(data: dict, run: dict, rows: list[dict]) -> Iterator[RunWarning]:
     dropped = run.get("dropped_criteria") or []
     if dropped:
@@ -24,7 +30,7 @@ def _exam(data: dict, run: dict, rows: list[dict]) -> Iterator[RunWarning]:
     criteria = (data.get("exam") or {}).get("criteria") or {}
     failed = {name: entry for name, entry in criteria.items() if not entry.get("fit")}
     unfit = [name for name, entry in failed.items() if number(entry.get("weight")) and name not in dropped]
-    if unfit:
+    if unfit and rubric_counts(run):
         yield warn("unfit", names=plain_names(unfit))
     unknown = sum(number(row.get("reward")) is None for row in rows)
     if unknown > LIMITS.unknown * len(rows):
@@ -43,7 +49,7 @@ def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[Run
     """
     # The measurement before the first step is a test of the judge, not of the policy.
     later = [row for row in measured if number(row.get("step"))]
-    for row in later[-1:]:
+    for row in later[-1:] if rubric_counts(run) else []:
         won, criteria = _rates(row), exam.get("criteria") or {}
         idle = {name for name, entry in criteria.items() if number(entry.get("weight")) == 0}
         idle |= set(run.get("dropped_criteria") or [])
@@ -83,6 +89,9 @@ def check(data: dict) -> list[RunWarning]:
     if not is_grpo({"run": run, "completions": rows, "log": log}):
         return []
     reply = answer_format_of({"run": run})["reply"]
-    replies = check_replies(rows, reply, run, data.get("exam") or {})
+    exam = data.get("exam") or {}
+    if not rubric_counts(run):  # the judge and its witness are both onlookers
+        exam = {"criteria": {name: {"weight": 0.0} for name in exam.get("criteria") or {}}}
+    replies = check_replies(rows, reply, run, exam)
     measured = _over_optimized(data.get("held_out") or [], run, data.get("exam") or {})
     return [*_exam(data, run, rows), *_signal(rows, log), *_log(log), *measured, *replies]

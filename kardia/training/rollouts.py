@@ -178,7 +178,8 @@ class Rollouts:
         if self.options.keep == "best" and distributed.rank() == 0 and record.get("reward") is not None:
             path = run.path / FILE
             rows = [row for _, row, _ in json_lines(path)] if path.exists() else []
-            if record["reward"] > max((row["reward"] for row in rows), default=float("-inf")):
+            earlier = [row["reward"] for row in rows if row.get("reward") is not None]
+            if record["reward"] > max(earlier, default=float("-inf")):
                 save_best(run, model, record["step"])
 
     def measure_held_out(self, step: int, trainer, run) -> dict[str, float]:
@@ -246,7 +247,7 @@ class Rollouts:
         return [component(name) for name in self.rubric.rewards]
 
     def _log(self, rewards: list, log_metric: Callable) -> None:
-        for name in rewards[0].criteria:
+        for name in dict.fromkeys(name for reward in rewards for name in reward.criteria):
             known = [r.criteria[name] for r in rewards if r.criteria.get(name) is not None]
             if known:
                 log_metric(f"criteria/{name}", sum(known) / len(known))
