@@ -171,7 +171,8 @@ class Judge:
             rows = self.numbers(replies, plain, guarded)
             for row in rows:
                 row.update({(c.name, "mix"): mixture(c, row) for c in mixed})
-            return [{(c.name, method): row[c.name, method] for c, method in wanted} for row in rows]
+            keys = [(c.name, method) for c, method in wanted]
+            return [{key: row[key] for key in keys if key in row} for row in rows]
         results: list[Numbers] = [dict.fromkeys((c.name, method) for c, method in wanted) for _ in replies]
         groups: dict[tuple[str, str], list[int]] = {}
         for i, reply in enumerate(replies):
