@@ -84,6 +84,7 @@ class RewardFunction:
             number = float(value)  # a bool, and what numpy and torch return
         except (TypeError, ValueError, OverflowError):
             number = math.nan
+        # "1" would pass for a number.
         if isinstance(value, (str, bytes)) or not math.isfinite(number):
             expected = "a finite number, or None where it is not known"
             raise UserError(f"{self.path}: {self.name} returned {shorten(value)!r} / expected {expected}")
@@ -179,7 +180,8 @@ def _module(path: Path) -> Any:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up
+    # Dataclasses look their module up; under a name of its own it hides no package.
+    sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
     try:
         found.loader.exec_module(module)

@@ -34,6 +34,8 @@ def warn(name: str, counts: tuple = (None, None), **numbers) -> RunWarning:
 
 @dataclass(frozen=True)
 class Answer:
+    """One recorded answer: its reply and its scores."""
+
     text: str  # of the reply span, lower case; "" if there is none
     words: list[str]
     begs: bool  # a guard refused it because it speaks to the judge
@@ -46,6 +48,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Group:
+    """The answers to one prompt in one step."""
+
     at: float  # 0 = the run's first step, 1 = its last
     prompt: str  # all that the policy read, lower case; it also tells prompts apart
     answers: list[Answer]
@@ -61,6 +65,7 @@ def _answer(row: dict, reply: str) -> Answer:
 
 
 def groups_of_replies(rows: list[dict], reply: str) -> list[Group]:
+    """Return the groups of recorded answers in order; reply: the span that the person reads."""
     recorded, out = groups_of(rows), []
     for step, _, samples in recorded:
         row, first, last = samples[0], recorded[0][0], recorded[-1][0]
@@ -96,6 +101,8 @@ def means_in(groups: list[Group], value: Callable[[Answer], float | None]) -> li
 
 
 class Estimate(NamedTuple):
+    """A number with its interval."""
+
     value: float
     low: float
     high: float

@@ -47,6 +47,7 @@ def open_judging(
     answerer(): the script's Answerer of the policy that training begins with.
     """
     judge, exam, dropped = None, None, []
+    # A rubric of weight 0 is logged: its judge is asked, and may fail its exam.
     rewarded = bool(rubric.rewards["rubric"])
     if rewarded and options.judge == NO_JUDGE:
         fix = "give a judge, or train without it: --reward rubric=0"

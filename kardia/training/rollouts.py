@@ -106,6 +106,7 @@ class Rollouts:
             places = self._silent(indices, groups)
             if not places:
                 break
+            # What was drawn in vain is recorded nowhere but in the step's count.
             for i in places:
                 indices[i] = self._another(indices, f"{trainer.state.global_step}/{i}/{attempt}")
             again = self._draw([indices[i] for i in places], trainer, places, f"/{attempt}")
@@ -155,6 +156,7 @@ class Rollouts:
 
     def _equal(self, rewards: list) -> bool:
         known = [reward for reward in rewards if reward.total(self.rubric) is not None]
+        # GDPO learns from any component that differs, also where the sums are equal.
         if self.options.advantages == "grpo":
             return len({round(reward.total(self.rubric), 6) for reward in known}) < 2
         weighty = [name for name, weight in self.rubric.rewards.items() if weight]
