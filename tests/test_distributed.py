@@ -93,7 +93,7 @@ def lines(tmp_path_factory, little, unjudged):
     """Return (a directory, the SFT line, the GRPO line); the name of the run is missing at their ends."""
     work = tmp_path_factory.mktemp("distributed")
     sft = f"sft --model {little} --rubric {unjudged} {SFT} --out {work}/"
-    return work, sft, f"grpo --from {work}/sft --rubric {unjudged} {GRPO} --out {work}/"
+    return work, sft, f"grpo --from {work}/sft --rubric {unjudged} --judge none {GRPO} --out {work}/"
 
 
 @pytest.fixture(scope="module")

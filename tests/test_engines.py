@@ -114,7 +114,7 @@ def test_the_lora_of_a_4_bit_model_is_trained_in_float32(little, tmp_path, commo
     run(f"sft --model {little} --bits 4 {SFT} --data {data} {common} --out {tmp_path}/sft")
     prompts = short_rows(tmp_path / "prompts.jsonl", "prompts")
     sizes = f"--data {prompts} --steps 2 --group-size 4 --max-tokens 16"
-    more = f"--learning-rate 2e-5 --beta 0.1 {common}"
+    more = f"--learning-rate 2e-5 --beta 0.1 --judge none {common}"
     run(f"grpo --from {tmp_path}/sft {sizes} {more} --out {tmp_path}/grpo")
     pairs = []
     for name in ("sft", "grpo"):
@@ -140,7 +140,7 @@ def the_whole_way(engine, bits, model, work, common, monkeypatch):
     run(f"sft --model {model} --bits {bits} {sft} --out {work}/sft")
     sizes = "--steps 2 --save-steps 1 --group-size 4 --max-tokens 24 --learning-rate 1e-3 --beta 0.01"
     sizes += " --eval-prompts 2"
-    grpo = f"grpo --from {work}/sft {sizes} {common}"
+    grpo = f"grpo --from {work}/sft {sizes} --judge none {common}"
     run(f"{grpo} --out {work}/whole")
     step_done = StepRecords.step_done
 
@@ -203,6 +203,6 @@ def test_another_type_for_rollouts_trusts_the_sampler(little, tmp_path, common, 
 
     monkeypatch.setattr(k.Worker, "load", spy)
     sizes = "--steps 1 --group-size 4 --max-tokens 16 --rollout-type q8_0"
-    run(f"grpo --from {tmp_path}/sft {sizes} {common} --out {tmp_path}/grpo")
+    run(f"grpo --from {tmp_path}/sft {sizes} --judge none {common} --out {tmp_path}/grpo")
     assert any(name.endswith("-bf16-q8_0.gguf") for name in loaded)
     assert facts_of(tmp_path / "grpo" / "run.json")["setting"]["rollout_type"] == "q8_0"
