@@ -94,13 +94,13 @@ def _scores_of(rewards, metric: str, label: str = ""):
 
 
 def _witness_columns(rewards) -> dict[str, Any]:
-    """Return {"witness, criterion": scores [prompts]}; NaN where it could not read the answer."""
+    """Return {"criterion (witness)": scores [prompts]}; NaN where it could not read the answer."""
     import numpy as np
 
     names = dict.fromkeys(name for reward in rewards for name in reward.witness)
     known = {name: [reward.witness.get(name) for reward in rewards] for name in names}
     unknown = {name: [np.nan if x is None else x for x in values] for name, values in known.items()}
-    return {f"witness, {name}": np.array(values, float) for name, values in unknown.items()}
+    return {f"{name} (witness)": np.array(values, float) for name, values in unknown.items()}
 
 
 def _gap(table: dict, name: str, other: str, metric: str):
