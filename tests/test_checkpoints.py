@@ -186,7 +186,7 @@ def whole(tmp_path_factory, little, pairs):
     # A reward of the user's own that says nothing of half of the prompts: their groups are drawn again.
     (work / "mine.py").write_text(OWN)
     rewards = f"--reward {work / 'mine.py'}:mine --reward format=0 --reward emotion=0 --reward rubric=0"
-    more = "--advantages gdpo --redraw 2 --keep best --eval-every 2"
+    more = "--judge none --advantages gdpo --redraw 2 --keep best --eval-every 2"
     lines["own"] = f"grpo --from {work / 'sft'} --data {prompts} {held_out} {rewards} {more} {GRPO}"
     for kind, line in lines.items():
         began = time.monotonic()
@@ -217,7 +217,7 @@ BLOWS = [
     ("grpo", {"place": "kardia.llama.worker.Worker.rollout", "times": 5, "delay": 0.05}),
     ("grpo", {"place": "kardia.training.checkpoints.tidy"}),
     ("own", {"place": "kardia.llama.worker.Worker.rollout", "times": 6, "delay": 0.05}),
-    ("own", {"place": "kardia.training.checkpoints.save_best", "times": 2}),
+    ("own", {"place": "kardia.training.checkpoints.save_adapter", "times": 2}),
 ]
 
 
