@@ -94,6 +94,7 @@ MISTAKES = {
         "/ expected a finite number, or None",
     ),
     "one argument": ("def mine(row):\n    return 1\n", "mine.py: in mine: TypeError"),
+    "a generator": ("def mine(row, answers):\n    yield 1 / len(answers[2])\n", "mine.py:2: in mine: Zero"),
     "a list of lists": ("def mine(row, answers):\n    return [[1]] * 3\n", "/ expected a finite number"),
 }
 
@@ -103,7 +104,7 @@ def test_a_mistake_in_a_function_is_one_line_before_training(rubric, tmp_path, c
     text, expected = MISTAKES[case]
     rubric = with_rewards(rubric, (own(tmp_path / "mine.py", text),))
     with pytest.raises(UserError) as error:
-        check_functions(rubric, prompts(rubric)[0].as_row(), TEXT)
+        check_functions(rubric, prompts(rubric)[0])
     assert expected in error.value.message and "\n" not in error.value.message
 
 
@@ -138,14 +139,24 @@ def test_a_file_that_cannot_be_read_is_one_line(rubric, tmp_path, text, expected
         "emotion=-1",
         "tone=1",
     ]
-    + ["emotion=nan", "rubric=1e9", "=1", "emotion=gate", "{file}:mine=x", "{file}:format", "{file}:mine=-1"],
+    + [
+        "emotion=nan",
+        "rubric=1e9",
+        "=1",
+        "emotion=gate",
+        "{file}:mine=x",
+        "{file}:format",
+        "{file}:mine=-1",
+        "{file}:reward",
+        "{file}:empathy",
+    ],
 )
 def test_what_reward_cannot_mean_is_one_line(rubric, tmp_path, spec):
     file = write(tmp_path / "mine.py", "def mine(row, answers): ...\ndef format(row, answers): ...\n")
     with pytest.raises(UserError) as error:
         with_rewards(rubric, (spec.format(file=file),))
     assert "--reward" in error.value.message and "\n" not in error.value.message
-    with pytest.raises(UserError, match="no other reward has"):
+    with pytest.raises(UserError, match="no other reward"):
         with_rewards(rubric, (f"{file}:mine", f"{file}:mine"))
 
 

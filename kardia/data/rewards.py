@@ -35,6 +35,9 @@ from kardia.data.rubric import Rubric
 REWARD = re.compile(r"(?P<target>.+?)(?:=(?P<weight>[^=/\\]*))?", re.DOTALL)
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)", re.DOTALL)
 
+# What else stands beside a component where a run writes its measurements down.
+TAKEN = "step n reward wins written witness witness_of_written seconds".split()
+
 
 @dataclass
 class RewardOptions:
@@ -67,10 +70,10 @@ class RewardFunction:
         """Return one value per answer. Raise UserError, with the line of the user's file, if it fails."""
         try:
             values = self.function(row, [Answer(text) for text in answers])
+            counted = isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict, set))
+            values = list(values) if counted else values  # the body of a generator runs here
         except (Exception, SystemExit) as error:
             raise UserError(f"{_place(self.path, error)}: in {self.name}: {_named(error)}") from error
-        counted = isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict))
-        values = list(values) if counted else values
         if not counted or len(values) != len(answers):
             found = f"{len(values)} value{'' if len(values) == 1 else 's'}" if counted else shorten(values)
             expected = f"a list of {len(answers)}, one for each answer"
@@ -82,7 +85,7 @@ class RewardFunction:
             return None
         try:
             number = float(value)  # a bool, and what numpy and torch return
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever numpy and torch raise for what is no number
             number = math.nan
         # "1" would pass for a number.
         if isinstance(value, (str, bytes)) or not math.isfinite(number):
@@ -99,7 +102,8 @@ def with_rewards(rubric: Rubric, specs: tuple[str, ...]) -> Rubric:
         target, given = (match["target"], match["weight"]) if match else (spec, None)
         own = FUNCTION.fullmatch(target)
         if own:
-            functions.append(_load(spec, Path(own["file"]), own["name"], weights))
+            taken = {*weights, *TAKEN, f"{rubric.form.label}_or_near", *rubric.weights}
+            functions.append(_load(spec, Path(own["file"]), own["name"], taken))
             weights[own["name"]] = _weight(spec, "1" if given is None else given)
         elif target not in rubric.given or given is None:
             names = ", ".join(f"{name}=WEIGHT" for name in rubric.given)
@@ -132,10 +136,12 @@ def own_rewards(rubric: Rubric, answers: list[tuple[Any, str]]) -> list[dict[str
     return rewards
 
 
-def check_functions(rubric: Rubric, row: dict[str, Any], sample: str) -> None:
+def check_functions(rubric: Rubric, dialogue: Any) -> None:
     """Call each function once on a good answer, a bad one and none at all, before anything is trained."""
+    spans = {**dict(rubric.form.spans), rubric.form.label: dialogue.label}
+    good = "".join(f"<|{name}_begin|>{text}<|{name}_end|>" for name, text in spans.items())
     for function in rubric.functions:
-        function.values(row, [sample, "I am sorry to hear that.", ""])
+        function.values(dialogue.as_row(), [good, "I am sorry to hear that.", ""])
 
 
 def rewards_hash(rubric: Rubric) -> str:
@@ -161,9 +167,9 @@ def _weight(spec: str, text: str) -> float:
     return weight
 
 
-def _load(spec: str, path: Path, name: str, taken: dict[str, float]) -> RewardFunction:
+def _load(spec: str, path: Path, name: str, taken: set[str]) -> RewardFunction:
     if name in taken or not re.fullmatch(r"[A-Za-z]\w{0,40}", name):
-        expected = "a name of letters, digits and underscores that no other reward has"
+        expected = "a name of letters, digits and underscores that no other reward, criterion or number has"
         raise UserError(f"--reward {shorten(spec)}: the name {shorten(name)!r} / expected {expected}")
     if not path.is_file():
         raise UserError(f"--reward {shorten(spec)}: {path}: no such file; give FILE.py:FUNCTION")

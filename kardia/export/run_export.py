@@ -16,7 +16,7 @@ from kardia.core.options import DATA, RUBRIC, option
 from kardia.export.book import best_gguf
 from kardia.export.formats import Exporter, parse_formats
 from kardia.export.proof import Proof, proof_prompts
-from kardia.judge.judge import JudgeOptions, resolve_judge
+from kardia.judge.judge import NO_JUDGE, JudgeOptions, resolve_judge
 from kardia.judge.opening import open_judge
 from kardia.llama.gguf_header import check_gguf
 from kardia.llama.worker import Worker
@@ -73,7 +73,8 @@ def run_export(options: ExportOptions, run, base, renderer, rows, rubric, target
     .failed name. Raises UserError before anything is written if the export cannot work.
     """
     base = check_base(base, run, options)
-    judge = options.judge or run.facts["options"].get("judge") or EMBEDDED
+    trained_by = run.facts["options"].get("judge")  # none where no rubric was rewarded
+    judge = options.judge or (EMBEDDED if trained_by in (None, NO_JUDGE) else trained_by)
     asked = [dialogue.first_prompt() for dialogue in rows[: options.answers]]
     prompts = proof_prompts(renderer, rows)
     if not prompts:

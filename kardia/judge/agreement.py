@@ -62,7 +62,7 @@ def rated_scores(judge: Judge, rows: list[dict], on_progress: Callable[[int], No
         numbers = judge.numbers([reply], wanted, guarded=False)[0]
         each = {name: judge.calibration.get(name, plain)(raw) for (name, _), raw in numbers.items()}
         whole = row["criterion"] == OVERALL
-        scores.append(weighted(each, judge.rubric.weights) if whole else each[row["criterion"]])
+        scores.append(weighted(each, judge.rubric.weights) if whole else each.get(row["criterion"]))
         on_progress(done)
     return scores
 

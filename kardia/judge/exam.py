@@ -96,7 +96,8 @@ def run_exam(
     pairs = [row for row in pairs if row["criterion"] != REFERENCE]
     candidates = {}
     for name, c in by_name.items():
-        more = [m for m in methods if (m != "contrast" or c.cues) and (m != "mix" or c.mix)]
+        needs = {"contrast": c.cues, "mix": c.mix, "row": (), "reference": ()}
+        more = [m for m in methods if needs.get(m, True)]
         candidates[name] = tuple(dict.fromkeys((*judge.candidates(c), *more)))
     numbers = read_pairs(judge, pairs, candidates, on_progress)
     seconds = max(time.monotonic() - started, 1e-3)

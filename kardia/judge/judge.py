@@ -230,7 +230,8 @@ class Judge:
         cues = dict.fromkeys(cue for c, method in wanted for cue in c.cues_of(method))  # each is asked once
         suffixes = [(self._ids(cue.text), [self._ids(w) for w in (*cue.good, *cue.bad)]) for cue in cues]
         tail = sum(len(cue) + sum(map(len, words)) for cue, words in suffixes)
-        told = self._start() + self._told(context, reference)
+        asked = any(method == "reference" for _, method in wanted)
+        told = self._start() + self._told(context, reference if asked else "")
         longest = max(len(prefix), len(told))
         replies = self._fitting({i: f" {text}" for i, text in texts.items()}, longest + tail)
         if not replies:

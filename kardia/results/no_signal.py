@@ -82,6 +82,8 @@ def diagnose(groups: list[tuple[int, int, list[dict]]]) -> str:
         return ""
     components = [[known_scores(row.get("components")) for row in samples] for samples in answers]
     idle = {name for row in rows for name, weight in known_scores(row.get("weights")).items() if not weight}
+    if any(row.get("gate") for row in rows):
+        idle.discard("format")  # it weighs nothing, and decides everything
     names = dict.fromkeys(str(name) for row in rows for name in row.get("components") or {})
     by_group = {n: [[each.get(n) for each in group] for group in components] for n in names if n not in idle}
     stuck = [_stuck(plain_names([name]), values) for name, values in by_group.items()]

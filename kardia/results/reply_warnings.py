@@ -219,10 +219,15 @@ def _witness(groups: list[Group], run: dict, exam: dict) -> Iterator[RunWarning]
             yield warn("unlinked", link[1:], criterion=criterion, link=link[0])
 
 
-def check_replies(rows: list[dict], reply: str, run: dict, exam: dict) -> list[RunWarning]:
-    """Return the warnings about the span `reply` of the recorded answers `rows`."""
+def check_replies(rows: list[dict], reply: str, run: dict, exam: dict, judged=True) -> list[RunWarning]:
+    """Return the warnings about the span `reply` of the recorded answers `rows`.
+
+    judged: whether the judge's scores were rewarded.
+    """
     groups = groups_of_replies(rows, reply)
-    checks = [_length, _stock, _spread, _graded, partial(_trade_off, run=run)]
+    checks = [_stock, _spread, _graded]
+    if judged:
+        checks += [_length, partial(_trade_off, run=run)]
     checks.append(partial(_witness, run=run, exam=exam))
     return [warning for check in checks for warning in check(groups)]
 

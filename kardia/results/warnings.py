@@ -90,8 +90,9 @@ def check(data: dict) -> list[RunWarning]:
         return []
     reply = answer_format_of({"run": run})["reply"]
     exam = data.get("exam") or {}
-    if not rubric_counts(run):  # the judge and its witness are both onlookers
+    counts = rubric_counts(run)
+    if not counts:  # the judge and its witness are both onlookers
         exam = {"criteria": {name: {"weight": 0.0} for name in exam.get("criteria") or {}}}
-    replies = check_replies(rows, reply, run, exam)
+    replies = check_replies(rows, reply, run, exam, counts)
     measured = _over_optimized(data.get("held_out") or [], run, data.get("exam") or {})
     return [*_exam(data, run, rows), *_signal(rows, log), *_log(log), *measured, *replies]

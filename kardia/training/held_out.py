@@ -185,7 +185,8 @@ class HeldOut:
         parts += [f"written replies win {won['rate']:.0%}"] if won else []
         say(f"  held-out prompts after step {record['step']}: {', '.join(parts)}")
         began = ((self.start or {}).get("wins") or {}).get("rubric") or {"rate": 1.0}
-        if won and record["step"] and won["rate"] < 0.5 <= began["rate"]:
+        rewarded = bool(self.rubric.rewards["rubric"])
+        if rewarded and won and record["step"] and won["rate"] < 0.5 <= began["rate"]:
             say("  ! the policy scores above written replies: over-optimization; take another --judge")
         numbers = {f"held_out/{name}": value for name, value in known.items()}
         numbers |= {"held_out/written_wins": won["rate"]} if won else {}

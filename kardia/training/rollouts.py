@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -104,11 +105,13 @@ class Rollouts:
         groups = self._draw(indices, trainer, places)
         for attempt in range(1, self.options.redraw + 1):
             places = self._silent(indices, groups)
+            step = list(itertools.chain(*distributed.gather(indices)))  # of all processes
             if not places:
-                break
+                continue
             # What was drawn in vain is recorded nowhere but in the step's count.
             for i in places:
-                indices[i] = self._another(indices, f"{trainer.state.global_step}/{i}/{attempt}")
+                group = distributed.rank() * len(indices) + i
+                indices[i] = self._another(step, f"{trainer.state.global_step}/{group}/{attempt}")
             again = self._draw([indices[i] for i in places], trainer, places, f"/{attempt}")
             for i, group in zip(places, again):
                 groups[i] = group
@@ -127,7 +130,7 @@ class Rollouts:
     def _another(self, indices: list[int], place: str) -> int:
         """Return a prompt that does not stand in the step yet, the same one after a resume."""
         others = [j for j in range(len(self.dialogues)) if j not in indices]
-        return random.Random(f"{self.options.seed}/{distributed.rank()}/{place}").choice(others or indices)
+        return random.Random(f"{self.options.seed}/{place}").choice(others or indices)
 
     def _draw(self, indices: list[int], trainer, places: list[int], attempt: str = "") -> list[list[dict]]:
         """Return a group of answers {"ids", "logprobs"} to each prompt; places: of the groups in the step."""
@@ -259,8 +262,9 @@ class Rollouts:
             replies = len(rewards) + self.redrawn * self.options.group_size
             scores = replies * len(self.rubric.criteria)
             log_metric("judge_scores_per_second", scores / max(1e-3, self.times["judge"]))
-        if self.redrawn:
-            log_metric("redrawn", self.redrawn)
+        # TRL takes the mean over processes: of their sums.
+        if self.redrawn or distributed.size() > 1:
+            log_metric("redrawn", self.redrawn * distributed.size())
         if self.drawn:  # by llama.cpp; TRL does not report how long its own rollouts took
             log_metric("tokens_per_second", self.drawn / max(1e-3, self.times["rollout"]))
         self.times = dict.fromkeys(self.times, 0.0)
