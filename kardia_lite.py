@@ -624,7 +624,7 @@ def train_grpo(options: GRPOOptions, source: Path, out: Path, resume: bool = Fal
     adapter, bits = parent.adapter, parent.facts["bits"]
     check_same_format(parent.path, parent.facts, rubric.form)
     dialogues = load_rows([options.data], rubric, "prompt")
-    check_functions(rubric, dialogues[0])
+    check_functions(rubric, dialogues[0], render_answer)
     recorder.check_tracker(options.track)
     base = base_of_run(parent.facts, parent.path)
     engine = unsloth.choose_engine(options.engine, base)
@@ -725,7 +725,7 @@ def evaluate(models: list[str], options: EvaluateOptions, out: Path) -> dict[str
     rubric = with_rewards(load_rubric(options.rubric), options.reward)
     rows = load_rows([options.data], rubric)[: options.limit or None]
     dialogues = [row.first_prompt() for row in rows]
-    check_functions(rubric, dialogues[0])
+    check_functions(rubric, dialogues[0], render_answer)
     names, runs = shortest_names(models), [Run(Path(m)) for m in models if (Path(m) / "run.json").is_file()]
     for run in runs:
         check_same_format(run.path, run.facts, rubric.form)

@@ -104,7 +104,7 @@ def test_a_mistake_in_a_function_is_one_line_before_training(rubric, tmp_path, c
     text, expected = MISTAKES[case]
     rubric = with_rewards(rubric, (own(tmp_path / "mine.py", text),))
     with pytest.raises(UserError) as error:
-        check_functions(rubric, prompts(rubric)[0])
+        check_functions(rubric, prompts(rubric)[0], k.render_answer)
     assert expected in error.value.message and "\n" not in error.value.message
 
 

@@ -136,10 +136,12 @@ def own_rewards(rubric: Rubric, answers: list[tuple[Any, str]]) -> list[dict[str
     return rewards
 
 
-def check_functions(rubric: Rubric, dialogue: Any) -> None:
-    """Call each function once on a good answer, a bad one and none at all, before anything is trained."""
-    spans = {**dict(rubric.form.spans), rubric.form.label: dialogue.label}
-    good = "".join(f"<|{name}_begin|>{text}<|{name}_end|>" for name, text in spans.items())
+def check_functions(rubric: Rubric, dialogue: Any, render_answer: Callable) -> None:
+    """Call each function once on a good answer, a bad one and none at all, before anything is trained.
+
+    render_answer: the script's.
+    """
+    good = render_answer({**dict(rubric.form.spans), rubric.form.label: dialogue.label}, rubric.form)
     for function in rubric.functions:
         function.values(dialogue.as_row(), [good, "I am sorry to hear that.", ""])
 

@@ -57,8 +57,9 @@ def parts_of(sample: dict) -> list[tuple[str, float, float | None]]:
     value."""
     weights, components = sample.get("weights") or {}, sample.get("components") or {}
     names = {**weights, **components}
-    values = {name: 0.0 if is_closed(sample) else number(components.get(name)) for name in names}
-    return [(name, number(weights.get(name)) or 0.0, values[name]) for name in names]
+    if is_closed(sample):
+        components = dict.fromkeys(names, 0.0)
+    return [(name, number(weights.get(name)) or 0.0, number(components.get(name))) for name in names]
 
 
 class Compared(NamedTuple):

@@ -21,6 +21,7 @@ from kardia.core.run_directory import Run
 from kardia.data.rubric import Rubric
 from kardia.judge.judge import Judge, weighted
 from kardia.models.base import load_into_worker
+from kardia.results.run_files import mean_of
 from kardia.results.statistics import reference_wins
 
 FILE = "held_out.jsonl"  # in the run directory: a line per measurement
@@ -75,8 +76,7 @@ def _open(options: Any, rubric: Rubric, judge: Judge | None, rollout: str, scrip
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean_of([value for value in values if value is not None])
 
 
 def _witness_means(rewards: list) -> dict[str, float]:
