@@ -22,7 +22,7 @@ from kardia.training import plan, trainers
 # Eleven dialogues and micro-batches of two: the last step of an epoch is not full.
 SFT = "--limit 11 --batch-size 4 --micro-batch 2 --max-length 700 --learning-rate 3e-3 --save-steps 1"
 GRPO = "--steps 3 --group-size 4 --prompts-per-step 2 --micro-batch 2 --max-tokens 16 --learning-rate 1e-3"
-GRPO += " --eval-prompts 4"
+GRPO += " --eval-prompts 4 --redraw 2"
 GRPO += " --inspect-every 1 --save-steps 1"
 ACCELERATE = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
 ACCELERATE += " --main_process_port 0 --mixed_precision no --dynamo_backend no"
@@ -135,6 +135,12 @@ def test_groups_stay_whole_and_get_the_same_answers(lines, output):
     for a, b in zip(one, two, strict=True):
         assert a["completion"] == b["completion"] and a["reward"] == b["reward"]
         assert a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
+    redrawn = [
+        [row.get("redrawn", 0) for row in lines_of(lines[0] / run / "log.jsonl")] for run in ("grpo", "grpo2")
+    ]
+    assert redrawn[0] == redrawn[1] and sum(redrawn[0]) > 0
+    persons = {(row["step"], row["group"]): row["person"] for row in two}
+    assert all(persons[step, 0] != persons[step, 1] for step in (1, 2, 3))
     one, two = (lines_of(lines[0] / run / "tokens.jsonl") for run in ("grpo", "grpo2"))
     keys = "step", "group", "tokens"
     assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]

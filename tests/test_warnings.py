@@ -582,7 +582,10 @@ def test_diagnose():
     cut = silent(components=bad, problem=invalid, truncated=True)
     refused = silent(components={"format": 1.0, "rubric": 0.0}, refused="echo")
     wrong = silent(components={"format": 1.0, "mood": 0.0, "rubric": 0.5})
+    weights = {"format": 0.0, "mood": 0.0, "rubric": 0.0, "brief": 1.0}
+    own = silent(components={"format": 1.0, "mood": 0.0, "rubric": None, "brief": -7.0}, weights=weights)
     cases = [
+        (own, ["brief -7 in 12 of 12 answers", "Your own reward (brief)", "--temperature"]),
         (cut, ["format 0 in 12 of 12 answers", f"{invalid} (12 answers)", "raise --max-tokens"]),
         (silent(components=bad, problem="text outside"), ["text outside", "train SFT longer"]),
         (silent(components={**bad, "rubric": None}), ["rubric unknown in 12 of 12", "context is too short"]),

@@ -135,7 +135,7 @@ def why_pushed(sample: dict, samples: list[dict], compared: Compared | None = No
     if abs(advantage) < 0.05 or gain <= 0:
         return f"Hardly pushed: reward {fixed(reward)} against the group's mean {fixed(mean)}."
     if is_closed(sample) and way == "down":
-        return f"Pushed down by the gate: its format does not hold ({sample.get('problem') or 'invalid'})."
+        return _why_closed(sample)
     sentence = f"Pushed {way} mostly by {name}: {fixed(value)} against a mean of {fixed(means[name])}, "
     sentence += f"worth {fixed(sign * gain, sign=True)} of reward"
     means = means_of(samples, "criteria")
@@ -149,6 +149,10 @@ def why_pushed(sample: dict, samples: list[dict], compared: Compared | None = No
     return sentence + "."
 
 
+def _why_closed(sample: dict) -> str:
+    return f"Pushed down by the gate: its format does not hold ({sample.get('problem') or 'invalid'})."
+
+
 def _why_compared(sample: dict, i: int, compared: Compared) -> str:
     """Return the sentence for GDPO, where each component is compared with its siblings."""
     advantage = compared.advantages[i]
@@ -158,6 +162,6 @@ def _why_compared(sample: dict, i: int, compared: Compared) -> str:
     if abs(advantage) < 0.05 or gain <= 0:
         return "Hardly pushed: its components are near their means in the group, or cancel out."
     if is_closed(sample) and way == "down":
-        return f"Pushed down by the gate: its format does not hold ({sample.get('problem') or 'invalid'})."
+        return _why_closed(sample)
     part, weight = fixed(compared.parts[name][i], sign=True), fixed(compared.weights[name])
     return f"Pushed {way} mostly by {name}: {part} deviations from its mean in the group, at weight {weight}."

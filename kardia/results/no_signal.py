@@ -32,6 +32,18 @@ def plain_names(names: Iterable) -> str:
     return ", ".join(printable(str(name)[:200]).replace("_", " ") for name in names)
 
 
+def _own(components: dict | None) -> list[str]:
+    """Return the names of the user's own rewards: they stand behind the rubric, and have any size."""
+    names = [str(name) for name in components or {}]
+    return names[names.index("rubric") + 1 :] if "rubric" in names else []
+
+
+def _known_components(row: dict) -> dict[str, float | None]:
+    """Return the known components of an answer."""
+    components = row.get("components") or {}
+    return known_scores(components) | {name: number(components.get(name)) for name in _own(components)}
+
+
 def _stuck(name: str, groups: list[list[float | None]]) -> str:
     """Return where one component stands in groups without signal."""
     values = [value for group in groups for value in group]
@@ -69,9 +81,14 @@ def _remedy(groups: list[list[dict]], values: dict[str, list[float | None]]) -> 
     refused = [row["refused"] for row in rows if row.get("refused")]
     if 2 * len(refused) >= len(rows):
         return remedies["refused"].format(refused=len(refused), **_commonest(refused))
-    labels = [name for name in values if name not in ("format", "rubric")]
+    own = set(_own(rows[0].get("components")))
+    labels = [name for name in values if name not in {"format", "rubric"} | own]
     wrong = [name for name in labels if values[name].count(0.0) >= 0.9 * len(rows)]
-    return remedies["label"].format(labels=plain_names(wrong)) if wrong else remedies["judge"]
+    if wrong:
+        return remedies["label"].format(labels=plain_names(wrong))
+    if "rubric" in values:
+        return remedies["judge"]
+    return remedies["own"].format(own=plain_names(name for name in values if name in own))
 
 
 def diagnose(groups: list[tuple[int, int, list[dict]]]) -> str:
@@ -80,7 +97,7 @@ def diagnose(groups: list[tuple[int, int, list[dict]]]) -> str:
     rows = [row for samples in answers for row in samples]
     if not rows:
         return ""
-    components = [[known_scores(row.get("components")) for row in samples] for samples in answers]
+    components = [[_known_components(row) for row in samples] for samples in answers]
     idle = {name for row in rows for name, weight in known_scores(row.get("weights")).items() if not weight}
     if any(row.get("gate") for row in rows):
         idle.discard("format")  # it weighs nothing, and decides everything

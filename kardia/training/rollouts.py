@@ -109,9 +109,10 @@ class Rollouts:
             if not places:
                 continue
             # What was drawn in vain is recorded nowhere but in the step's count.
+            others = self._others(step, f"{trainer.state.global_step}/{attempt}")
             for i in places:
-                group = distributed.rank() * len(indices) + i
-                indices[i] = self._another(step, f"{trainer.state.global_step}/{group}/{attempt}")
+                # By its place in the step: no two groups, of whatever process, take the same one.
+                indices[i] = others[(distributed.rank() * len(indices) + i) % len(others)]
             again = self._draw([indices[i] for i in places], trainer, places, f"/{attempt}")
             for i, group in zip(places, again):
                 groups[i] = group
@@ -127,10 +128,11 @@ class Rollouts:
     def _prompt(self, index: int) -> list[int]:
         return self.renderer.prompt(self.dialogues[index])
 
-    def _another(self, indices: list[int], place: str) -> int:
-        """Return a prompt that does not stand in the step yet, the same one after a resume."""
-        others = [j for j in range(len(self.dialogues)) if j not in indices]
-        return random.Random(f"{self.options.seed}/{place}").choice(others or indices)
+    def _others(self, indices: list[int], place: str) -> list[int]:
+        """Return the prompts that do not stand in the step yet, in the same random order in every process and
+        after a resume."""
+        others = [j for j in range(len(self.dialogues)) if j not in indices] or indices
+        return random.Random(f"{self.options.seed}/{place}").sample(others, len(others))
 
     def _draw(self, indices: list[int], trainer, places: list[int], attempt: str = "") -> list[list[dict]]:
         """Return a group of answers {"ids", "logprobs"} to each prompt; places: of the groups in the step."""
