@@ -124,8 +124,12 @@ def test_the_whole_way(sft, grpo, work, judged, one):
     result = run(f"evaluate base {sft} {grpo} {few} --out {evaluation}")
     summary, differences = facts_of(evaluation), {("sft", "base"), ("grpo", "sft"), ("grpo", "base")}
     assert summary["models"] == ["base", "sft", "grpo"] and "format" in result.stdout
+    [example] = summary["examples"]  # of one prompt; every answer with its scores
+    assert all(set(answer["scores"]) == {"relevance", "safety"} for answer in example["answers"].values())
     assert {(d["better"], d["than"]) for d in summary["differences"]} == differences
-    assert set(summary["reference"]) == {"base", "sft", "grpo"} and "written replies win" in result.stdout
+    read = {name for name, answer in example["answers"].items() if not answer["refused"]}
+    assert set(summary["reference"]) == read  # what a guard refused says nothing of the judge
+    assert ("written replies win" in result.stdout) == bool(read)
     run(f"export {grpo} --to {work}/f16 --formats f16 --data {one} --answers 0")
     book = facts_of(work / "f16" / "export.json")["formats"]["f16"]
     assert book["ok"] and book["kl"] < 0.01 * book["kl_base"] and book["kept"] > 0.95
@@ -153,8 +157,10 @@ def test_inspected_steps_say_what_the_update_did(grpo):
     assert "TOKENS: log-prob before the step" in explain.explain(grpo, 2)
     measured = lines_of(grpo / "held_out.jsonl")
     assert [row["step"] for row in measured] == [0, 2] and facts["held_out_start"]["n"] == 1
-    assert all(set(row["wins"]) == {"rubric", "relevance", "safety"} for row in measured)
-    assert "held_out/written_wins" in lines_of(grpo / "log.jsonl")[-1]
+    # An answer that a guard refused is no win of the written one.
+    assert all(set(row["wins"]) in (set(), {"rubric", "relevance", "safety"}) for row in measured)
+    last = lines_of(grpo / "log.jsonl")[-1]
+    assert ("held_out/written_wins" in last) == bool(measured[-1]["wins"]) and "held_out/rubric" in last
 
 
 def test_what_is_trained_is_the_answers_and_their_end_tokens(renderer, rubric):

@@ -482,20 +482,25 @@ def test_measurements_on_held_out_prompts_are_figures(tmp_path):
 class Scored:
     """A reward of one criterion."""
 
-    def __init__(self, value, witness=None):
+    def __init__(self, value, witness=None, refused=None):
         self.components, self.criteria = {"rubric": value}, {"empathy": value}
         self.witness = {} if witness is None else {"empathy": witness}
+        self.refused = refused
 
 
 def test_written_replies_against_each_model():
-    """A tie is one half, an unknown score takes no part, and a model that wins is named."""
+    """A tie is one half, an unknown or refused reply takes no part, and a model that wins is named."""
     written = {0: Scored(0.9), 1: Scored(0.5), 2: Scored(0.5), 3: Scored(None)}
     scores = {"base": [Scored(0.1)] * 4, "grpo": [Scored(0.95), Scored(0.5), Scored(0.8), Scored(0.1)]}
     wins = statistics.reference_wins(scores, written, ["rubric", "empathy"])
     assert wins["base"]["empathy"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 3}
     assert wins["grpo"]["rubric"]["rate"] == pytest.approx(0.5 / 3) and wins["grpo"]["rubric"]["low"] == 0.0
+    refused = Scored(0.0, refused="echo")
+    invalid = {"some": [Scored(0.1), refused, refused, refused], "all": [refused] * 4}
+    wins |= statistics.reference_wins(invalid, written, ["rubric"])
+    assert wins["some"]["rubric"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 1} and "all" not in wins
     table, notes = tables.reference_table(wins, ["base", "grpo"])
-    assert "100% (100% to 100%)" in table.text()
+    assert "100% (100% to 100%) of 3" in table.text()
     assert notes == [
         "grpo scores above the written replies on rubric, empathy: either the policy is over-optimized, or "
         "this judge reads nothing there"

@@ -606,22 +606,24 @@ def test_diagnose():
 
 
 @pytest.mark.parametrize(
-    ("rates", "dropped", "said"),
+    ("rates", "dropped", "n", "said"),
     [
-        ((0.9, 0.4), [], True),
-        ((0.9, 0.4), ["empathy"], False),
-        ((0.4, 0.4), [], False),
-        ((0.4, 0.9), [], False),
-        ((0.4,), [], False),
+        ((0.9, 0.4), [], 16, True),
+        ((0.9, 0.4), ["empathy"], 16, False),
+        ((0.9, 0.4), [], 7, False),
+        ((0.4, 0.4), [], 16, False),
+        ((0.4, 0.9), [], 16, False),
+        ((0.4,), [], 16, False),
     ],
 )
-def test_a_policy_above_written_replies_is_over_optimized(rates, dropped, said):
-    """Only the last measurement counts; what was not rewarded, or lost before the first step, does not."""
+def test_a_policy_above_written_replies_is_over_optimized(rates, dropped, n, said):
+    """Only the last measurement counts; what was not rewarded, or lost before the first step, does not, nor
+    do a few replies."""
     data = clean_run(0, 12)
     data["run"]["dropped_criteria"] = dropped
     data["held_out"] = [
-        {"step": 20 * i, "n": 16, "wins": {"empathy": {"rate": rate}, "rubric": {"rate": 0.6}}}
+        {"step": 20 * i, "wins": {"empathy": {"rate": rate, "n": n}, "rubric": {"rate": 0.6, "n": n}}}
         for i, rate in enumerate(rates)
     ]
     texts = [w.text for w in warnings.check(data) if w.kind == "over-optimization"]
-    assert len(texts) == said and all("on empathy (40% of 16 held-out prompts" in text for text in texts)
+    assert len(texts) == said and all("on empathy (40% of 16 replies that it read" in text for text in texts)

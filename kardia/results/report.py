@@ -28,6 +28,7 @@ from kardia.results.run_files import (
 )
 from kardia.results.templates import duration, template
 
+EXAMPLES = 6  # prompts of an evaluation whose answers are shown
 PAGE_LIMIT = 2_900_000  # bytes; mail and chat tools start to refuse or to lag above 3 MB
 # The first limits whose page is small enough are taken.
 LIMITS = [Limits(12, 3000, 600), Limits(12, 3000, 200), Limits(12, 1000, 80), Limits(6, 400, 40)]
@@ -108,7 +109,7 @@ def _view(data: dict, look: int) -> dict[str, Any]:
     view |= {"warnings": warnings.check(data), "trend": tables.trend_sentence(run.get("reward_trend"))}
     view |= {"loss": quarters(data["log"], "loss"), "pairs": tables.pairs_of(evaluation)}
     view |= {"evaluation": tables.evaluation_table(evaluation), "exam": tables.exam_table(exam)}
-    view |= {"export": tables.export_table(export), "examples": evaluation.get("examples") or []}
+    view |= {"export": tables.export_table(export), "examples": (evaluation.get("examples") or [])[:EXAMPLES]}
     view["export_verdicts"] = {name: tables.export_verdict(entry)[0] for name, entry in formats}
     return {**view, "details": {title: values for title, values in parts.items() if values}}
 

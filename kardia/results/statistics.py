@@ -133,21 +133,28 @@ def _example(i: int, dialogue, answers: dict, scores: dict) -> dict[str, Any]:
     example["answers"] = {}
     for name, reward in ((name, rewards[i]) for name, rewards in scores.items()):
         answer = {"text": answers[name][i], "valid": reward.problem is None, "problem": reward.problem}
-        example["answers"][name] = {**answer, "scores": reward.criteria}
+        answer |= {"components": reward.components, "scores": reward.criteria, "refused": reward.refused}
+        example["answers"][name] = {**answer, "witness": reward.witness}
     return example
+
+
+FEWEST = 8  # answers that the judge read: fewer say nothing of it
 
 
 def reference_wins(scores, references: dict[int, Any], names: list[str], seed: int = 0) -> dict[str, dict]:
     """Return {model: {metric: {rate, low, high, n}}}: how often the written reply scores above the model's.
 
-    references: {number of the dialogue: reward of its written reply}. A tie counts one half."""
+    references: {number of the dialogue: reward of its written reply}. A tie counts one half. Only pairs that
+    the judge read count, n of them: a reply that a guard refused loses without it, and a policy that learns
+    the form would seem to gain on the written replies."""
     import numpy as np
 
     wins: dict[str, dict] = {}
     rng = np.random.default_rng(seed)
     for model, rewards in scores.items():
         pairs = [(reference, rewards[i]) for i, reference in references.items()]
-        for name in names:
+        pairs = [pair for pair in pairs if not any(side.refused for side in pair)]
+        for name in names if pairs else []:
             written, own = (_scores_of(side, name) for side in zip(*pairs))
             gap = (written - own)[~np.isnan(written - own)]
             if gap.size:
@@ -169,7 +176,7 @@ def witness_means(scores, rng) -> dict[str, dict]:
 
 
 def summarize(dialogues, answers, scores, rubric, seed: int, references=None) -> dict[str, Any]:
-    """Return what evaluation.json holds: means with intervals, paired differences, win rates, six examples.
+    """Return what evaluation.json holds: means with intervals, paired differences, win rates, all answers.
 
     `answers` and `scores` are {model: [one per dialogue]}. Each meets the one before it and the first.
     references: {number of the dialogue: reward of its written reply}, for the reference test."""
@@ -196,6 +203,5 @@ def summarize(dialogues, answers, scores, rubric, seed: int, references=None) ->
         summary["reference"] = reference_wins(scores, references, judged, seed)
     read = {**scores, "written": list(references.values())} if references else scores
     summary["witness"] = witness_means(read, rng)
-    examples = list(enumerate(dialogues))[:6]
-    summary["examples"] = [_example(i, dialogue, answers, scores) for i, dialogue in examples]
+    summary["examples"] = [_example(i, each, answers, scores) for i, each in enumerate(dialogues)]
     return summary

@@ -169,7 +169,8 @@ def reference_table(reference: dict[str, dict], names: list) -> tuple[Table, lis
     metrics = list(dict.fromkeys(metric for name in models for metric in reference[name]))[:MOST]
     rows, notes = [], []
     for metric in metrics:
-        cells = [_score(reference[name].get(metric), "rate", (0.5,), show=percent) for name in models]
+        entries = [reference[name].get(metric) or {} for name in models]
+        cells = [_score(e, "rate", (0.5,), f" of {e.get('n', '?')}", percent) for e in entries]
         rows.append([metric.replace("_", " "), *cells])
     for name in models:
         found = {metric: number((entry or {}).get("rate")) for metric, entry in reference[name].items()}
@@ -180,7 +181,7 @@ def reference_table(reference: dict[str, dict], names: list) -> tuple[Table, lis
             notes.append(f"{name} scores above the written replies on {', '.join(lost)}: {why}")
         elif weak:
             notes.append(f"written replies beat {name} in under {PREFERRED:.0%} on {', '.join(weak)}")
-    title = "Reference test: prompts on which the written reply scores above the model's"
+    title = "Reference test: where the judge read both, the written reply scores above the model's"
     return Table(title, ["written replies win", *map(str, models)], rows), notes
 
 

@@ -15,6 +15,7 @@ from kardia.results.no_signal import diagnose, plain_names
 from kardia.results.reply_groups import LIMITS, RunWarning, warn
 from kardia.results.reply_warnings import check_replies
 from kardia.results.run_files import answer_format_of, is_grpo, mean_of, number, quarters, series
+from kardia.results.statistics import FEWEST
 
 
 def rubric_counts(run: dict) -> bool:
@@ -38,8 +39,10 @@ def _exam(data: dict, run: dict, rows: list[dict]) -> Iterator[RunWarning]:
 
 
 def _rates(row: dict) -> dict[str, float | None]:
-    """Return how often the written replies win, per criterion, at one measurement."""
-    return {name: number((entry or {}).get("rate")) for name, entry in (row.get("wins") or {}).items()}
+    """Return how often the written replies win, per criterion, at one measurement of enough answers."""
+    entries = {name: entry or {} for name, entry in (row.get("wins") or {}).items()}
+    read = {name: entry for name, entry in entries.items() if (number(entry.get("n")) or 0) >= FEWEST}
+    return {name: number(entry.get("rate")) for name, entry in read.items()}
 
 
 def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[RunWarning]:
@@ -58,7 +61,13 @@ def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[Run
         lost = [name for name, rate in won.items() if rate is not None and rate < 0.5 and name not in idle]
         if lost:
             step, share = number(row["step"]), won[lost[0]]
-            yield warn("over-optimized", names=plain_names(lost), step=step, share=share, of=row.get("n"))
+            yield warn(
+                "over-optimized",
+                names=plain_names(lost),
+                step=step,
+                share=share,
+                of=row["wins"][lost[0]]["n"],
+            )
 
 
 def _signal(rows: list[dict], log: list[dict]) -> Iterator[RunWarning]:
