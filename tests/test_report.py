@@ -490,17 +490,20 @@ class Scored:
 
 def test_written_replies_against_each_model():
     """A tie is one half, an unknown or refused reply takes no part, and a model that wins is named."""
-    written = {0: Scored(0.9), 1: Scored(0.5), 2: Scored(0.5), 3: Scored(None)}
-    scores = {"base": [Scored(0.1)] * 4, "grpo": [Scored(0.95), Scored(0.5), Scored(0.8), Scored(0.1)]}
-    wins = statistics.reference_wins(scores, written, ["rubric", "empathy"])
-    assert wins["base"]["empathy"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 3}
-    assert wins["grpo"]["rubric"]["rate"] == pytest.approx(0.5 / 3) and wins["grpo"]["rubric"]["low"] == 0.0
+    written = {i: Scored([0.9, 0.5, 0.5, None][i % 4]) for i in range(12)}
+    grpo = [Scored(0.95), Scored(0.5), Scored(0.8), Scored(0.1)] * 3
+    wins = statistics.reference_wins(
+        {"base": [Scored(0.1)] * 12, "grpo": grpo}, written, ["rubric", "empathy"]
+    )
+    assert wins["base"]["empathy"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 9}
+    assert wins["grpo"]["rubric"]["rate"] == pytest.approx(0.5 / 3) and wins["grpo"]["rubric"]["low"] < 0.1
     refused = Scored(0.0, refused="echo")
-    invalid = {"some": [Scored(0.1), refused, refused, refused], "all": [refused] * 4}
+    invalid = {"some": [Scored(0.95), refused, refused, refused] * 3, "all": [refused] * 12}
     wins |= statistics.reference_wins(invalid, written, ["rubric"])
-    assert wins["some"]["rubric"] == {"rate": 1.0, "low": 1.0, "high": 1.0, "n": 1} and "all" not in wins
+    assert wins["some"]["rubric"] == {"rate": 0.0, "low": 0.0, "high": 0.0, "n": 3} and "all" not in wins
+    assert tables.reference_table(wins, ["some"])[1] == []  # three replies are too few
     table, notes = tables.reference_table(wins, ["base", "grpo"])
-    assert "100% (100% to 100%) of 3" in table.text()
+    assert "100% (100% to 100%) of 9" in table.text()
     assert notes == [
         "grpo scores above the written replies on rubric, empathy: either the policy is over-optimized, or "
         "this judge reads nothing there"
