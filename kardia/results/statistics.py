@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from kardia.results.groups import groups_of, rewards_of
-from kardia.results.run_files import read_run
+from kardia.results.run_files import number, read_run
 
 
 def bootstrap(values, rng, n: int = 2000) -> dict[str, float]:
@@ -173,6 +173,12 @@ def witness_means(scores, rng) -> dict[str, dict]:
             if known:
                 means.setdefault(model, {})[name] = bootstrap(known, rng)
     return means
+
+
+def well_read(wins: dict[str, dict] | None) -> dict[str, dict]:
+    """Return those entries of a model's `reference_wins` that rest on enough answers; {} of none."""
+    entries = {name: entry or {} for name, entry in (wins or {}).items()}
+    return {name: entry for name, entry in entries.items() if (number(entry.get("n")) or 0) >= FEWEST}
 
 
 def summarize(dialogues, answers, scores, rubric, seed: int, references=None) -> dict[str, Any]:

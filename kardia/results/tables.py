@@ -10,7 +10,7 @@ from typing import Any
 
 from kardia.core.console import printable
 from kardia.results.run_files import fixed, number
-from kardia.results.statistics import FEWEST
+from kardia.results.statistics import well_read
 
 PREFERRED = 0.85  # share: a reader who reads well prefers written replies to a small model's
 NOTHING = 1e-7  # KL under which training did not move the base at all
@@ -174,8 +174,7 @@ def reference_table(reference: dict[str, dict], names: list) -> tuple[Table, lis
         cells = [_score(e, "rate", (0.5,), f" of {e.get('n', '?')}", percent) for e in entries]
         rows.append([metric.replace("_", " "), *cells])
     for name in models:
-        read = {m: e for m, e in reference[name].items() if e and (number(e.get("n")) or 0) >= FEWEST}
-        found = {metric: number(entry.get("rate")) for metric, entry in read.items()}
+        found = {metric: number(entry.get("rate")) for metric, entry in well_read(reference[name]).items()}
         lost = [m.replace("_", " ") for m, rate in found.items() if rate is not None and rate < 0.5]
         weak = [m.replace("_", " ") for m, rate in found.items() if rate is not None and rate < PREFERRED]
         if lost:

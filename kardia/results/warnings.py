@@ -15,7 +15,7 @@ from kardia.results.no_signal import diagnose, plain_names
 from kardia.results.reply_groups import LIMITS, RunWarning, warn
 from kardia.results.reply_warnings import check_replies
 from kardia.results.run_files import answer_format_of, is_grpo, mean_of, number, quarters, series
-from kardia.results.statistics import FEWEST
+from kardia.results.statistics import well_read
 
 
 def rubric_counts(run: dict) -> bool:
@@ -40,9 +40,7 @@ def _exam(data: dict, run: dict, rows: list[dict]) -> Iterator[RunWarning]:
 
 def _rates(row: dict) -> dict[str, float | None]:
     """Return how often the written replies win, per criterion, at one measurement of enough answers."""
-    entries = {name: entry or {} for name, entry in (row.get("wins") or {}).items()}
-    read = {name: entry for name, entry in entries.items() if (number(entry.get("n")) or 0) >= FEWEST}
-    return {name: number(entry.get("rate")) for name, entry in read.items()}
+    return {name: number(entry.get("rate")) for name, entry in well_read(row.get("wins")).items()}
 
 
 def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[RunWarning]:
@@ -60,14 +58,9 @@ def _over_optimized(measured: list[dict], run: dict, exam: dict) -> Iterator[Run
         idle |= {name for rates in before for name, rate in rates.items() if rate is not None and rate < 0.5}
         lost = [name for name, rate in won.items() if rate is not None and rate < 0.5 and name not in idle]
         if lost:
-            step, share = number(row["step"]), won[lost[0]]
-            yield warn(
-                "over-optimized",
-                names=plain_names(lost),
-                step=step,
-                share=share,
-                of=row["wins"][lost[0]]["n"],
-            )
+            step, first = number(row["step"]), row["wins"][lost[0]]
+            facts = {"names": plain_names(lost), "step": step, "share": won[lost[0]], "of": first["n"]}
+            yield warn("over-optimized", **facts)
 
 
 def _signal(rows: list[dict], log: list[dict]) -> Iterator[RunWarning]:

@@ -22,7 +22,7 @@ from kardia.data.rubric import Rubric
 from kardia.judge.judge import Judge, weighted
 from kardia.models.base import load_into_worker
 from kardia.results.run_files import mean_of
-from kardia.results.statistics import FEWEST, reference_wins
+from kardia.results.statistics import reference_wins, well_read
 
 FILE = "held_out.jsonl"  # in the run directory: a line per measurement
 ASKED = "Dialogues whose first turns are asked now and then (default: data/eval.jsonl for the starter data)."
@@ -163,9 +163,9 @@ class HeldOut:
 
         self.start = self.start or self.measure(0, answer)
         for name, entry in (exam or {"criteria": {}})["criteria"].items():
-            won = self.start["wins"].get(name)
+            won = well_read(self.start["wins"]).get(name)
             # Sixteen prompts are few: only what is sure counts against the judge.
-            if won and won["n"] >= FEWEST and won["high"] < 0.5:
+            if won and won["high"] < 0.5:
                 share = f"written replies win only {won['rate']:.0%} of {won['n']} against this policy's own"
                 entry.update(
                     fit=False, why=f"{share}: the judge cannot tell them apart, or prefers the worse"
@@ -186,7 +186,7 @@ class HeldOut:
         say(f"  held-out prompts after step {record['step']}: {', '.join(parts)}")
         began = ((self.start or {}).get("wins") or {}).get("rubric") or {"rate": 1.0}
         rewarded = bool(self.rubric.rewards["rubric"])
-        enough = rewarded and won and won["n"] >= FEWEST and record["step"]
+        enough = rewarded and record["step"] and "rubric" in well_read(record["wins"])
         if enough and won["rate"] < 0.5 <= began["rate"]:
             say("  ! the policy scores above written replies: over-optimization; take another --judge")
         numbers = {f"held_out/{name}": value for name, value in known.items()}
